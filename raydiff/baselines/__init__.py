@@ -1,0 +1,1 @@
+"""Baselines: classic detectors behind the same contract as the diffusion detector. One file each."""

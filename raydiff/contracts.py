@@ -1,0 +1,153 @@
+"""The nouns as types: what passes between the parts, and what each kind of component must do.
+
+Images are float32 in [-1, 1], shape (B, C, H, W). Steps ``t`` are 0-based int64. A higher score is more anomalous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from raydiff.core.diffusion import Diffusion
+
+__all__ = ["Baseline", "Dataset", "Prediction", "Sample", "Scorer", "Scores", "Space", "Split"]
+
+Split = Literal["train", "calibration", "test"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a data set, still encoded.
+
+    ``image`` and ``mask`` are the bytes of an image file (PNG, JPEG, ...). ``defect`` is ``"good"`` for a normal image.
+    A data set yields ``train`` (normal only) and ``test``; ``calibration`` is cut from ``train`` when shards are written.
+    """
+
+    image_id: str
+    image: bytes
+    split: Split
+    class_name: str
+    defect: str
+    is_anomaly: bool
+    mask: bytes | None = None
+
+
+class Dataset(Protocol):
+    """Built by ``datasets/<name>.py: build(options)``.
+
+    Iterating is deterministic; an image id is unique in the data set and stable between runs and machines. Opening the
+    data set checks what it can (files, counts) and raises ``DataError`` before the first sample.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Sample]: ...
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Raw anomaly scores: ``image`` (B,), ``map`` (B, 1, H, W) or None; unbounded, higher is more anomalous."""
+
+    image: Tensor
+    map: Tensor | None = None
+
+    @staticmethod
+    def concatenate(parts: list[Scores]) -> Scores:
+        """Join batches along the first axis."""
+        maps = [part.map for part in parts if part.map is not None]
+        return Scores(torch.cat([part.image for part in parts]), torch.cat(maps) if maps else None)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Verdicts for a batch.
+
+    ``pred_score`` (B,), ``pred_label`` (B,) bool, ``p_value`` (B,) in (0, 1] (share of calibration normals at least as
+    anomalous), ``anomaly_map`` (B, 1, H, W), ``pred_mask`` (B, 1, H, W) bool, ``reconstruction`` (B, C, H, W) in
+    [-1, 1]: the last three are None where the detector has none.
+    """
+
+    pred_score: Tensor
+    pred_label: Tensor
+    p_value: Tensor
+    anomaly_map: Tensor | None = None
+    pred_mask: Tensor | None = None
+    reconstruction: Tensor | None = None
+
+
+class Space(Protocol):
+    """Built by ``spaces/<name>.py: build(options, channels=, image_size=)``."""
+
+    shape: tuple[int, int, int]
+    """(C, H, W) of what is diffused."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) images in [-1, 1] to (B, *shape)."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor | None:
+        """Back to images in [-1, 1], or None where there is no way back."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What must be saved with the artefact; empty for a fixed space."""
+        ...
+
+
+class Scorer(Protocol):
+    """Built by ``scorers/<name>.py: build(options)``. Stateless: what it learns travels as ``statistics``.
+
+    Scoring is cut in two, so that settings that need no network can be changed on measured evidence:
+    ``measure`` costs network evaluations, ``judge`` does not.
+    """
+
+    def num_evaluations(self, model: Diffusion) -> int:
+        """NFE: network evaluations per image, counting every class of a conditional model that is tried."""
+        ...
+
+    def measure(self, model: Diffusion, x: Tensor) -> Tensor:
+        """Evidence per image, float32 (B, K, H, W): one residual map per step. ``x`` is (B, C, H, W) in the space.
+
+        Row i depends on ``x[i]`` and the model alone, bit for bit.
+        """
+        ...
+
+    def fit(self, evidence: Tensor) -> dict[str, Tensor]:
+        """Statistics of calibration normals, from their evidence (n, K, H, W)."""
+        ...
+
+    def judge(self, evidence: Tensor, statistics: Mapping[str, Tensor], image_size: tuple[int, int]) -> Scores:
+        """Scores and maps (at ``image_size``) from evidence (B, K, H, W); row i depends on evidence row i alone."""
+        ...
+
+    def reconstruct(self, model: Diffusion, x: Tensor) -> Tensor | None:
+        """What the model takes the normal version of ``x`` to be, (B, C, H, W) in the space, or None."""
+        ...
+
+
+class Baseline(Protocol):
+    """Built by ``baselines/<name>.py: build(options, seed=)``; wrapped in a ``BaselineDetector``.
+
+    Whatever it keeps is tensors: ``state`` and ``load_state`` take the place of pickle. A library model that cannot be
+    written as tensors is refitted in ``load_state`` from the training sample kept in ``state``, to the same scores bit for bit.
+    """
+
+    def fit(self, images: Tensor) -> None:
+        """Learn from normal images (n, C, H, W)."""
+        ...
+
+    def score(self, images: Tensor) -> Scores:
+        """Row i depends on ``images[i]`` and the training images alone, bit for bit."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """All that :meth:`load_state` needs, as tensors."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state` gave."""
+        ...

@@ -1,0 +1,1 @@
+"""The only package that imports Ray. Nothing here computes: it spreads plain functions over machines."""

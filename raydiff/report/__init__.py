@@ -1,0 +1,1 @@
+"""From result rows to one self-contained HTML file."""
