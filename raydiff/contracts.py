@@ -5,7 +5,7 @@ Images are float32 in [-1, 1], shape (B, C, H, W). Steps ``t`` are 0-based int64
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -14,38 +14,45 @@ from torch import Tensor
 
 from raydiff.core.diffusion import Diffusion
 
-__all__ = ["Baseline", "Dataset", "Prediction", "Sample", "Scorer", "Scores", "Space", "Split"]
+__all__ = ["Baseline", "Dataset", "Entry", "Prediction", "Scorer", "Scores", "Space", "Split"]
 
 Split = Literal["train", "calibration", "test"]
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One image of a data set, still encoded.
+class Entry:
+    """One image of a data set, not read yet.
 
-    ``image`` and ``mask`` are the bytes of an image file (PNG, JPEG, ...). ``defect`` is ``"good"`` for a normal image.
-    A data set yields ``train`` (normal only) and ``test``; ``calibration`` is cut from ``train`` when shards are written.
+    ``image_id`` is unique in the data set and stable between runs and machines. A data set has the splits ``train``
+    (normal images only) and ``test``; ``calibration`` is cut from ``train`` when shards are written. ``defect`` is
+    ``"good"`` for a normal image. ``size`` is the encoded size in bytes (an estimate will do).
     """
 
     image_id: str
-    image: bytes
     split: Split
     class_name: str
     defect: str
     is_anomaly: bool
-    mask: bytes | None = None
+    size: int
 
 
 class Dataset(Protocol):
-    """Built by ``datasets/<name>.py: build(options)``.
+    """Built by ``datasets/<name>.py: build(options)``, which checks files and counts and raises ``DataError``.
 
-    Iterating is deterministic; an image id is unique in the data set and stable between runs and machines. Opening the
-    data set checks what it can (files, counts) and raises ``DataError`` before the first sample.
+    It can be pickled to a worker, and both methods are deterministic.
     """
 
-    def __len__(self) -> int: ...
+    def entries(self) -> list[Entry]:
+        """Every image, in a fixed order; lists files and opens none of them."""
+        ...
 
-    def __iter__(self) -> Iterator[Sample]: ...
+    def read(self, entry: Entry) -> tuple[bytes, bytes | None]:
+        """The bytes of an image file (PNG, JPEG, ...) and of its mask's, or None where it has none.
+
+        Raises:
+            DataError: the file cannot be read; the message names it.
+        """
+        ...
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,41 @@
+"""``pixel``: the image itself is diffused."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from raydiff.config import Options as BaseOptions
+
+__all__ = ["Options", "PixelSpace", "build"]
+
+
+class Options(BaseOptions):
+    """Nothing to set."""
+
+    name: Literal["pixel"] = "pixel"
+
+
+class PixelSpace:
+    """The identity."""
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self.shape = shape
+
+    def encode(self, images: Tensor) -> Tensor:
+        """The images, as they are."""
+        return images
+
+    def decode(self, latents: Tensor) -> Tensor | None:
+        """The images, clipped to [-1, 1]."""
+        return latents.clamp(-1, 1)
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+
+def build(options: Options, *, channels: int, image_size: tuple[int, int]) -> PixelSpace:  # noqa: ARG001
+    """The pixel space of images (channels, *image_size)."""
+    return PixelSpace((channels, *image_size))
