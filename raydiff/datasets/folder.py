@@ -1,0 +1,171 @@
+"""``folder``: the user's own image files, in one of two layouts.
+
+MVTec-AD layout::
+
+    source/train/good/*.png                       normal images to learn from
+    source/test/good/*.png                        normal images to test on
+    source/test/<defect>/*.png                    anomalous images
+    source/ground_truth/<defect>/<stem>_mask.png  their masks: all of them, or no ground_truth folder at all
+
+Any other folder of images is a plain folder: every image in it, at any depth, is taken for normal.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from raydiff.config import Options as BaseOptions
+from raydiff.contracts import Entry
+from raydiff.core.diffusion import keyed_seed
+from raydiff.errors import ConfigError, DataError
+from raydiff.images import SUFFIXES, images_in
+
+__all__ = ["FolderDataset", "Options", "build"]
+
+
+class Options(BaseOptions):
+    """Where the images lie."""
+
+    name: Literal["folder"] = "folder"
+    source: str = Field(description="the folder; ~ is the home folder")
+    category: str | None = Field(None, description="the sub-folder to use when source holds one folder per category")
+    test_fraction: float = Field(
+        0.0, ge=0, lt=1, description="share of a plain folder's images held out as normal test images"
+    )
+
+
+@dataclass(frozen=True)
+class FolderDataset:
+    """See the module. ``image_id`` is the file's path below ``source``, with slashes."""
+
+    source: Path
+    category: str | None
+    test_fraction: float
+
+    @property
+    def root(self) -> Path:
+        """The folder that has the layout."""
+        return self.source / self.category if self.category else self.source
+
+    def entries(self) -> list[Entry]:
+        """Training images, then test images, each sorted by path."""
+        if (self.root / "train").is_dir() or (self.root / "test").is_dir():
+            return self._mvtec_entries()
+        return self._plain_entries()
+
+    def read(self, entry: Entry) -> tuple[bytes, bytes | None]:
+        """The image's file, and its mask's where it is anomalous and there are masks."""
+        image = _read_file(self.source / entry.image_id)
+        if not entry.is_anomaly or not (self.root / "ground_truth").is_dir():
+            return image, None
+        return image, _read_file(self._mask_path(entry.defect, Path(entry.image_id)))
+
+    def _mvtec_entries(self) -> list[Entry]:
+        train = [self._entry(path, "train", "good") for path in images_in(self.root / "train" / "good")]
+        if not train:
+            raise DataError(
+                f"{self.root / 'train' / 'good'}: holds no image ({', '.join(SUFFIXES)}); put the normal images there"
+            )
+        test_root = self.root / "test"
+        defects = sorted(path.name for path in test_root.iterdir() if path.is_dir()) if test_root.is_dir() else []
+        test = [
+            self._entry(path, "test", defect)
+            for defect in defects
+            if not defect.startswith(".")
+            for path in images_in(test_root / defect)
+        ]
+        if (self.root / "ground_truth").is_dir():
+            self._check_masks([entry for entry in test if entry.is_anomaly])
+        return train + test
+
+    def _plain_entries(self) -> list[Entry]:
+        paths = images_in(self.root)
+        if not paths:
+            raise DataError(
+                f"{self.root}: holds no image ({', '.join(SUFFIXES)}); give a folder of normal images, or one with "
+                f"train/good, test/<defect> and ground_truth"
+            )
+        entries = [self._entry(path, "train", "good") for path in paths]
+        order = sorted(entries, key=lambda entry: keyed_seed("folder", entry.image_id))
+        count = max(1, round(self.test_fraction * len(entries))) if self.test_fraction else 0
+        held_out = {entry.image_id for entry in order[:count]}
+        test = [self._entry(self.source / name, "test", "good") for name in sorted(held_out)]
+        return [entry for entry in entries if entry.image_id not in held_out] + test
+
+    def _entry(self, path: Path, split: Literal["train", "test"], defect: str) -> Entry:
+        return Entry(
+            image_id=path.relative_to(self.source).as_posix(),
+            split=split,
+            class_name=self.category or self.source.name or "images",
+            defect=defect,
+            is_anomaly=defect != "good",
+            size=path.stat().st_size,
+        )
+
+    def _mask_path(self, defect: str, image: Path) -> Path:
+        below = (self.source / image).relative_to(self.root / "test" / defect).parent
+        return self.root / "ground_truth" / defect / below / f"{image.stem}_mask.png"
+
+    def _check_masks(self, anomalous: list[Entry]) -> None:
+        """One mask for each anomalous image and one image for each mask, or an error that names the first at fault."""
+        masks = [self._mask_path(entry.defect, Path(entry.image_id)) for entry in anomalous]
+        missing = [index for index, mask in enumerate(masks) if not mask.is_file()]
+        if missing:
+            first = missing[0]
+            raise DataError(
+                f"{masks[first]}: the mask of {anomalous[first].image_id} is missing ({len(missing)} of {len(masks)} "
+                f"are); add them, or move the ground_truth folder away to work without masks"
+            )
+        shared = [mask for mask, count in Counter(masks).items() if count > 1]
+        if shared:
+            both = [entry.image_id for entry, mask in zip(anomalous, masks, strict=True) if mask == shared[0]]
+            raise DataError(
+                f"{shared[0]}: is the mask of {' and of '.join(both)}; rename one of the images and its mask"
+            )
+
+
+def build(options: Options) -> FolderDataset:
+    """The data set in ``options.source``.
+
+    Raises:
+        DataError: the folder is missing, empty, has no normal images, or lacks some of its masks.
+        ConfigError: ``category`` is needed or unknown, or ``test_fraction`` is set for a folder with a test split.
+    """
+    source = Path(os.path.abspath(Path(options.source).expanduser()))  # noqa: PTH100  (resolve() would follow links)
+    if not source.is_dir():
+        raise DataError(f"{options.source}: no such folder; set data.dataset.source to the folder of images")
+    dataset = FolderDataset(source, options.category, options.test_fraction)
+    _check_category(dataset)
+    if options.test_fraction and (dataset.root / "train").is_dir():
+        raise ConfigError(
+            f"data.dataset.test_fraction is {options.test_fraction}; {dataset.root} has train and test folders of its "
+            f"own, so leave it at 0"
+        )
+    dataset.entries()
+    return dataset
+
+
+def _check_category(dataset: FolderDataset) -> None:
+    categories = sorted(path.parent.parent.name for path in dataset.source.glob("*/train/good"))
+    listed = ", ".join(categories) or "none"
+    if dataset.category and not dataset.root.is_dir():
+        raise ConfigError(
+            f"data.dataset.category is {dataset.category!r}; {dataset.source} has these categories: {listed}"
+        )
+    if not dataset.category and categories and not (dataset.source / "train").is_dir():
+        raise ConfigError(
+            f"{dataset.source}: holds one folder per category; set data.dataset.category to one of: {listed}"
+        )
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); restore the file and prepare again") from error

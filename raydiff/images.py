@@ -1,0 +1,310 @@
+"""From the bytes of an image file to pixels, the same way everywhere: shards, scoring of loose files, the endpoint.
+
+One image is uint8 (H, W, C), row 0 at the top, C = 1 (grey) or 3 (RGB). A file is recognised by its content, not its
+name; nothing is decoded before its size in pixels has been checked. What could be read in two ways is refused instead
+of guessed: transparent pixels, several frames, 32-bit values.
+
+A truncated file is an error. So is a garbled PNG, which carries checksums; a JPEG whose middle was altered still
+decodes to an image, and only the checksums of a shard would tell.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from PIL import (
+    BmpImagePlugin,
+    ExifTags,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+from torch import Tensor
+
+from raydiff.errors import DataError, ShapeError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from raydiff.config import DataConfig
+
+__all__ = [
+    "SUFFIXES",
+    "DecodedImage",
+    "ImageSpec",
+    "decode",
+    "decode_file",
+    "decode_mask",
+    "encode_png",
+    "find_images",
+    "images_in",
+    "to_tensor",
+    "to_uint8",
+]
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""Names of files that :func:`find_images` and the folder data set take for images (in any case)."""
+
+_SIGNATURES: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
+    (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
+    (b"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
+    (b"BM", BmpImagePlugin.BmpImageFile),
+    (b"II*\x00", TiffImagePlugin.TiffImageFile),
+    (b"MM\x00*", TiffImagePlugin.TiffImageFile),
+)
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+_REMEDY = "replace the file, or leave it out with data.on_bad_image: skip"
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """The pixels a detector works on, and how any file is brought to them.
+
+    ``image_size`` is (H, W); ``channels`` 1 or 3. ``resize``: ``stretch`` ignores the aspect ratio, ``pad`` keeps it
+    and repeats the edge pixels around the image, ``strict`` refuses another size or channel count. A file with more
+    than ``max_pixels`` is refused before it is decoded.
+    """
+
+    image_size: tuple[int, int]
+    channels: Literal[1, 3] = 3
+    resize: Literal["stretch", "pad", "strict"] = "stretch"
+    max_pixels: int = 64_000_000
+
+    @classmethod
+    def of(cls, data: DataConfig) -> ImageSpec:
+        """The spec of an experiment's ``data`` section."""
+        return cls(data.image_size, data.channels, data.resize, data.max_pixels)
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """``pixels`` uint8 (H, W, C) at the spec's size; the rest describes the file: ``height`` and ``width`` upright."""
+
+    pixels: NDArray[np.uint8]
+    format: str
+    height: int
+    width: int
+    channels: int
+
+
+def decode(data: bytes, spec: ImageSpec, name: str) -> NDArray[np.uint8]:
+    """The pixels of an image file, (H, W, C).
+
+    Turned upright by its EXIF orientation; 16 bits scaled to 8 over the full range (colour PNG: the high byte);
+    palettes resolved; grey from colour by ITU-R 601 luma; resized with antialiased bicubic filtering.
+
+    Args:
+        data: the file, one of PNG, JPEG, WebP, BMP, TIFF.
+        spec: the size and channels wanted.
+        name: what error messages call the image.
+
+    Raises:
+        DataError: not an image, truncated, garbled, too many pixels, not opaque, several frames, or, with
+            ``resize="strict"``, another size or channel count.
+    """
+    return decode_file(data, spec, name).pixels
+
+
+def decode_file(data: bytes, spec: ImageSpec, name: str) -> DecodedImage:
+    """:func:`decode`, with what the file was like before it was fitted to the spec."""
+    image, kind = _load(data, spec, name)
+    channels = 1 if image.mode == "L" else 3
+    if spec.resize == "strict" and ((image.height, image.width) != spec.image_size or channels != spec.channels):
+        raise DataError(
+            f"{name}: is {image.height} x {image.width} with {channels} channel(s); data.resize: strict expects "
+            f"{spec.image_size[0]} x {spec.image_size[1]} with {spec.channels}; set data.resize to stretch or pad, or "
+            f"data.image_size and data.channels to what the images have"
+        )
+    fitted = image.convert("L" if spec.channels == 1 else "RGB")
+    pixels = _fit(fitted, spec, Image.Resampling.BICUBIC).reshape(*spec.image_size, spec.channels)
+    return DecodedImage(pixels, kind, image.height, image.width, channels)
+
+
+def decode_mask(
+    data: bytes, spec: ImageSpec, name: str, *, expected_size: tuple[int, int] | None = None
+) -> NDArray[np.bool_]:
+    """A ground-truth mask, (H, W): True above one half; fitted like its image, but by nearest neighbour.
+
+    Args:
+        data: the mask's file.
+        spec: the spec of the images; padding is False.
+        name: what error messages call the mask.
+        expected_size: (height, width) of the image's file, which the mask must share.
+
+    Raises:
+        DataError: as :func:`decode`; another size than its image; or nothing in it exceeds one half although it is not
+            all zero (a mask of 0 and 1 would silently be empty).
+    """
+    image, _ = _load(data, spec, name)
+    size = (image.height, image.width)
+    if expected_size is not None and size != expected_size:
+        raise DataError(
+            f"{name}: the mask is {size[0]} x {size[1]} and its image {expected_size[0]} x {expected_size[1]}; "
+            f"make them the same size"
+        )
+    grey = image.convert("L")
+    brightest = int(np.asarray(grey).max())
+    if 0 < brightest < 128:
+        raise DataError(f"{name}: the brightest mask value is {brightest} of 255; write masks as 0 and 255")
+    return _fit(grey, spec, Image.Resampling.NEAREST) > 127
+
+
+def encode_png(pixels: NDArray[np.uint8] | NDArray[np.bool_]) -> bytes:
+    """A PNG file of (H, W), (H, W, 1) or (H, W, 3) uint8 pixels, or of an (H, W) bool mask (0 and 255).
+
+    Raises:
+        ShapeError: another shape or dtype.
+    """
+    if pixels.dtype == np.bool_:
+        pixels = pixels.astype(np.uint8) * np.uint8(255)
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
+        raise ShapeError(f"pixels are {pixels.dtype} {pixels.shape}; a PNG needs uint8 (H, W), (H, W, 1) or (H, W, 3)")
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def to_tensor(images: NDArray[np.uint8]) -> Tensor:
+    """uint8 (B, H, W, C) to float32 (B, C, H, W) in [-1, 1]."""
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise ShapeError(f"images are {images.dtype} {images.shape}; expected uint8 (B, H, W, C)")
+    moved = torch.from_numpy(
+        np.array(images.transpose(0, 3, 1, 2), order="C")
+    )  # (B, C, H, W), a copy: shards are read-only
+    return moved.float().div_(127.5).sub_(1.0)
+
+
+def to_uint8(images: Tensor) -> NDArray[np.uint8]:
+    """(B, C, H, W) in [-1, 1] back to uint8 (B, H, W, C); values outside are clipped."""
+    scaled = images.detach().float().add(1.0).mul(127.5).round().clamp(0, 255)
+    array: NDArray[np.uint8] = scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return array
+
+
+def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Image files among files and folders (searched recursively, hidden ones left out), sorted, each once.
+
+    A file given by name is taken whatever it is called; in folders the suffix decides.
+
+    Raises:
+        DataError: a path does not exist, or there is no image in any.
+    """
+    given = [Path(path) for path in paths]
+    found: set[Path] = set()
+    for path in given:
+        if path.is_file():
+            found.add(path)
+        elif path.is_dir():
+            found.update(images_in(path))
+        else:
+            raise DataError(f"{path}: no such file or folder; give image files, or folders that hold some")
+    if not found:
+        where = ", ".join(str(path) for path in given) or "(no path given)"
+        raise DataError(f"{where}: no image found; expected files ending in {', '.join(SUFFIXES)}")
+    return sorted(found)
+
+
+def images_in(folder: Path) -> list[Path]:
+    """Image files at any depth, sorted by their path below ``folder``; hidden files and folders are left out."""
+    found = [
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    ]
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _load(data: bytes, spec: ImageSpec, name: str) -> tuple[Image.Image, str]:
+    """The decoded, upright image in mode L or RGB, and its format's name in lower case."""
+    plugin = _plugin(data)
+    if plugin is None:
+        what = "is not a PNG, JPEG, WebP, BMP or TIFF image" if data else "is an empty file"
+        raise DataError(f"{name}: {what}; {_REMEDY}")
+    try:
+        with plugin(io.BytesIO(data)) as image:
+            _check_size(image, spec, name)
+            image.load()
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+            plain = _eight_bit(image, name)
+            kind = str(plugin.format).lower()
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's parsers raise whatever a garbled file makes them trip over
+        raise DataError(f"{name}: cannot be decoded ({' '.join(str(error).split())}); {_REMEDY}") from error
+    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return (plain if turn is None else plain.transpose(turn)), kind
+
+
+def _plugin(data: bytes) -> type[ImageFile.ImageFile] | None:
+    """The reader for this content; called directly, since ``Image.open`` brings a global pixel limit of its own."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return WebPImagePlugin.WebPImageFile
+    return next((plugin for signature, plugin in _SIGNATURES if data.startswith(signature)), None)
+
+
+def _check_size(image: ImageFile.ImageFile, spec: ImageSpec, name: str) -> None:
+    pixels = image.width * image.height
+    if pixels > spec.max_pixels:
+        raise DataError(
+            f"{name}: has {image.height} x {image.width} = {pixels} pixels, more than data.max_pixels "
+            f"({spec.max_pixels}); raise data.max_pixels if the file is to be trusted"
+        )
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1:
+        raise DataError(f"{name}: holds {frames} frames; save the one that is meant as a file of its own")
+
+
+def _eight_bit(image: Image.Image, name: str) -> Image.Image:
+    """Mode L or RGB from any mode whose meaning is plain."""
+    if image.mode.startswith("I;16"):
+        wide = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise DataError(f"{name}: has 32-bit pixels, whose range is not known; convert it to 8 or 16 bits")
+    grey = image.mode in ("1", "L", "LA", "La")
+    if image.has_transparency_data:
+        colour = image.convert("RGBA")
+        if colour.getchannel("A").getextrema() != (255, 255):
+            raise DataError(f"{name}: has transparent pixels; flatten it onto the background that is meant")
+        return colour.getchannel("R") if grey else colour.convert("RGB")
+    return image.convert("L" if grey else "RGB")
+
+
+def _fit(image: Image.Image, spec: ImageSpec, resample: Image.Resampling) -> NDArray[np.uint8]:
+    """(H, W) or (H, W, 3) at the spec's size; padding repeats the edge, or is 0 for nearest neighbour (masks)."""
+    height, width = spec.image_size
+    scale = min(height / image.height, width / image.width)
+    if spec.resize == "pad":
+        inner = (min(height, max(1, round(image.height * scale))), min(width, max(1, round(image.width * scale))))
+    else:
+        inner = (height, width)
+    if spec.resize == "strict" and (image.height, image.width) != inner:
+        raise DataError(f"data.resize: strict expects {height} x {width}, not {image.height} x {image.width}")
+    if (image.height, image.width) != inner:
+        image = image.resize((inner[1], inner[0]), resample)
+    pixels: NDArray[np.uint8] = np.array(image, dtype=np.uint8)
+    if inner == (height, width):
+        return pixels
+    top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+    margins = [(top, height - inner[0] - top), (left, width - inner[1] - left), (0, 0)][: pixels.ndim]
+    if resample is Image.Resampling.NEAREST:
+        return np.pad(pixels, margins)
+    return np.pad(pixels, margins, mode="edge")
