@@ -1,0 +1,218 @@
+"""The order in which training sees images: one endless stream, the same for any number of workers.
+
+Per epoch the row groups are permuted and gathered into windows of about ``window`` images, and the images of a window
+are permuted: nearly a full shuffle, read in large pieces. The epochs follow each other without a gap, and the stream is
+cut into global batches; every batch is full and every image appears exactly once per epoch. Rank r of W takes the r-th
+of W equal slices of each batch.
+
+The permutations are keyed by (seed, epoch), so any batch can be found again without replaying those before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from raydiff.core.diffusion import keyed_seed
+from raydiff.errors import ConfigError, DataError
+from raydiff.images import ImageSpec
+from raydiff.shards.reading import ShardSet
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["Share", "TrainingBatch", "TrainingOrder", "Window", "cached_stream", "fits_in_memory"]
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """One worker's slice of a global batch.
+
+    ``ids`` has b strings; ``epochs`` int64 (b,), the epoch each image belongs to (a batch may span two or more);
+    ``images`` uint8 (b, H, W, C); ``labels`` int64 (b,), indices into ``ShardSet.normal_classes``.
+    """
+
+    ids: list[str]
+    epochs: NDArray[np.int64]
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Row groups that are shuffled together; the first of their images stands at ``start`` in the endless stream."""
+
+    epoch: int
+    index: int
+    start: int
+    groups: tuple[int, ...]
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class TrainingOrder:
+    """A pure function of the sizes of the training split's row groups, a seed and the window in images."""
+
+    row_groups: tuple[int, ...]
+    seed: int
+    window: int
+
+    @classmethod
+    def of(cls, shards: ShardSet, *, seed: int, window: int) -> TrainingOrder:
+        """The order of a shard set's training split.
+
+        Raises:
+            DataError: the split is empty.
+        """
+        if not shards.count("train"):
+            raise DataError(f"{shards.uri}: has no training images; run raydiff prepare again")
+        return cls(shards.row_groups("train"), seed, window)
+
+    @cached_property
+    def num_rows(self) -> int:
+        """Images per epoch."""
+        return sum(self.row_groups)
+
+    @cached_property
+    def first_rows(self) -> NDArray[np.int64]:
+        """(groups,): the row number, in stored order, at which each row group begins."""
+        return np.concatenate([[0], np.cumsum(self.row_groups[:-1], dtype=np.int64)]).astype(np.int64)
+
+    def epoch(self, epoch: int) -> Iterator[Window]:
+        """The windows of one epoch. A window takes row groups while they fit, at least one."""
+        start = epoch * self.num_rows
+        groups: list[int] = []
+        rows = index = 0
+        for group in _permutation(len(self.row_groups), "groups", self.seed, epoch).tolist():
+            if groups and rows + self.row_groups[group] > self.window:
+                yield Window(epoch, index, start, tuple(groups), rows)
+                start, index, groups, rows = start + rows, index + 1, [], 0
+            groups.append(group)
+            rows += self.row_groups[group]
+        yield Window(epoch, index, start, tuple(groups), rows)
+
+    def windows(self, position: int = 0) -> Iterator[Window]:
+        """All windows from the one that holds ``position`` of the stream on, without end."""
+        for epoch in count(position // self.num_rows):
+            for window in self.epoch(epoch):
+                if window.start + window.num_rows > position:
+                    yield window
+
+    def rows(self, window: Window) -> NDArray[np.int64]:
+        """(num_rows,): the window's images in training order, as row numbers of the split in stored order."""
+        stored = np.concatenate(
+            [np.arange(self.row_groups[group], dtype=np.int64) + self.first_rows[group] for group in window.groups]
+        )
+        shuffled: NDArray[np.int64] = stored[_permutation(len(stored), "rows", self.seed, window.epoch, window.index)]
+        return shuffled
+
+    def locate(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Row group, and row inside it, of row numbers (k,): two arrays (k,)."""
+        groups = np.searchsorted(self.first_rows, rows, side="right").astype(np.int64) - 1
+        return groups, rows - self.first_rows[groups]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one of ``world_size`` workers takes of the stream, from the global batch number ``start_step`` on."""
+
+    batch_size: int
+    start_step: int
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.world_size:
+            raise ConfigError(
+                f"training.batch_size is {self.batch_size}; it must be a multiple of the number of workers "
+                f"({self.world_size})"
+            )
+        if not 0 <= self.rank < self.world_size or self.start_step < 0:
+            raise ValueError(f"rank {self.rank} of {self.world_size}, start_step {self.start_step}")
+
+    @property
+    def rows_per_step(self) -> int:
+        """Images this worker takes of each global batch."""
+        return self.batch_size // self.world_size
+
+    @property
+    def start(self) -> int:
+        """The stream position of the first batch."""
+        return self.start_step * self.batch_size
+
+    def of(self, order: TrainingOrder, window: Window, stop_step: int | None = None) -> NDArray[np.int64]:
+        """The row numbers of a window that are this worker's, in training order; ``stop_step`` is exclusive."""
+        positions = window.start + np.arange(window.num_rows)
+        mine = (positions % self.batch_size) // self.rows_per_step == self.rank
+        mine &= positions >= self.start
+        if stop_step is not None:
+            mine &= positions < stop_step * self.batch_size
+        taken: NDArray[np.int64] = order.rows(window)[mine]
+        return taken
+
+
+def fits_in_memory(shards: ShardSet, spec: ImageSpec, cache_mb: int) -> bool:
+    """Whether the decoded training split takes no more than ``cache_mb`` MB (2^20 bytes)."""
+    return shards.count("train") * spec.image_size[0] * spec.image_size[1] * spec.channels <= cache_mb * 2**20
+
+
+def cached_stream(
+    shards: ShardSet,
+    spec: ImageSpec,
+    order: TrainingOrder,
+    *,
+    batch_size: int,
+    start_step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[TrainingBatch]:
+    """This worker's slices of the global batches from ``start_step`` on, without end.
+
+    The training split is decoded once, when the first batch is asked for, and kept: N x H x W x C bytes per worker.
+
+    Args:
+        shards: where the images are.
+        spec: what to bring them to.
+        order: the order, made from the same shards.
+        batch_size: images per global batch, over all workers.
+        start_step: the first global batch.
+        rank: which worker, from 0.
+        world_size: of how many.
+
+    Raises:
+        DataError: a shard or an image cannot be read.
+        ConfigError: ``batch_size`` is not a multiple of ``world_size``.
+    """
+    share = Share(batch_size, start_step, rank, world_size)
+    return _from_memory(shards, spec, order, share)
+
+
+def _from_memory(shards: ShardSet, spec: ImageSpec, order: TrainingOrder, share: Share) -> Iterator[TrainingBatch]:
+    images = np.empty((order.num_rows, *spec.image_size, spec.channels), dtype=np.uint8)  # (N, H, W, C)
+    labels = np.empty(order.num_rows, dtype=np.int64)
+    ids: list[str] = []
+    for part in shards.read("train", spec):
+        images[len(ids) : len(ids) + len(part.ids)] = part.images
+        labels[len(ids) : len(ids) + len(part.ids)] = part.labels
+        ids += part.ids
+    rows, epochs = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    size = share.rows_per_step
+    for window in order.windows(share.start):
+        taken = share.of(order, window)
+        rows = np.concatenate([rows, taken])
+        epochs = np.concatenate([epochs, np.full(len(taken), window.epoch, dtype=np.int64)])
+        while len(rows) >= size:
+            batch, rows = rows[:size], rows[size:]
+            yield TrainingBatch([ids[row] for row in batch], epochs[:size], images[batch], labels[batch])
+            epochs = epochs[size:]
+
+
+def _permutation(size: int, *key: int | str) -> NDArray[np.int64]:
+    """0 to size - 1 in an order that depends on the key alone (raw bits, whose stream numpy guarantees)."""
+    bits = np.random.PCG64(keyed_seed("order", *key)).random_raw(size)
+    return np.argsort(bits, kind="stable").astype(np.int64)
