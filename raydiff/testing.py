@@ -26,6 +26,7 @@ from raydiff.contracts import Baseline, Dataset, Entry, Scorer, Space
 from raydiff.core.diffusion import Diffusion
 from raydiff.core.schedule import NoiseSchedule, PredictionType, make_schedule, target
 from raydiff.errors import ConfigError
+from raydiff.images import ImageSpec, decode, decode_mask
 
 __all__ = [
     "OracleDenoiser",
@@ -338,13 +339,19 @@ def _check_baseline_state(
 
 
 def _check_files(what: str, dataset: Dataset, again: Dataset, entries: Sequence[Entry]) -> None:
-    """A few files of each split and class: readable, and the same through another instance."""
+    """A few files of each split and class: images that decode, and the same through another instance."""
+    spec = ImageSpec((16, 16), channels=3)
     first = {(entry.split, entry.class_name, entry.defect): entry for entry in reversed(entries)}
     for entry in [*list(first.values())[:20], entries[-1]]:
         image, mask = dataset.read(entry)
         _require(len(image) > 0, f"{what}: {entry.image_id} is an empty file")
         _require((image, mask) == again.read(entry), f"{what}: {entry.image_id} reads differently twice")
         _require(mask is None or entry.is_anomaly, f"{what}: {entry.image_id} is normal and has a mask")
+        pixels = decode(image, spec, entry.image_id)
+        _require(pixels.shape == (16, 16, 3), f"{what}: {entry.image_id} decodes to {pixels.shape}")
+        if mask is not None:
+            marked = decode_mask(mask, spec, entry.image_id)
+            _require(bool(marked.any()), f"{what}: the mask of {entry.image_id} is empty")
 
 
 def _check_rows(what: str, score: Callable[[Tensor], list[Tensor]], rows: Tensor) -> None:

@@ -48,14 +48,18 @@ class Copod(PixelBaseline):
         return np.array([row.sum() for row in tails])  # row by row: the order of summation may follow the batch's shape
 
     def _skewness_sign(self, rows: Rows) -> NDArray[np.float64]:
-        """Sign of each pixel's third central moment with the image among the training images, (B, D); 0 if constant."""
+        """Sign of each pixel's skewness with the image among the training images, (B, D); 0 if constant or symmetric.
+
+        PyOD takes the sign of the rounding error where the skewness is 0: two grey levels, equally often.
+        """
         n = self._columns.shape[1]
         delta = rows - self._mean
         mean = self._mean + delta / (n + 1)
-        second = self._second + delta * delta * (n / (n + 1))
+        second = (self._second + delta * delta * (n / (n + 1))) / (n + 1)
         third = self._third + delta * (delta * delta * (n * (n - 1) / (n + 1) ** 2) - 3 / (n + 1) * self._second)
-        constant = second / (n + 1) <= np.square(np.finfo(np.float64).eps * mean)  # scipy.stats.skew's test
-        return np.where(constant, 0.0, np.sign(third))
+        constant = second <= np.square(np.finfo(np.float64).eps * mean)  # scipy.stats.skew's test
+        symmetric = np.abs(third / (n + 1)) <= 1e-12 * second * np.sqrt(second)
+        return np.where(constant | symmetric, 0.0, np.sign(third))
 
 
 def build(options: Options, *, seed: int) -> Copod:
