@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializeAsAny,
+    ValidationError,
+    model_validator,
+)
 
 from raydiff import registry
 from raydiff.errors import ConfigError
@@ -38,7 +47,7 @@ __all__ = [
     "parse_override",
 ]
 
-NO_EFFECT = {"affects_scores": False}
+NO_EFFECT: dict[str, JsonValue] = {"affects_scores": False}
 """``Field(json_schema_extra=NO_EFFECT)``: this field cannot change a score, so the digest leaves it out."""
 
 
@@ -78,7 +87,9 @@ ScorerOptions = Annotated[SerializeAsAny[Options], BeforeValidator(partial(compo
 class DataConfig(Section):
     """Which images, in which size, and how they are split."""
 
-    dataset: DatasetOptions = Field({"name": "digits"}, description="the data set and its own options")
+    dataset: DatasetOptions = Field(
+        default_factory=partial(component_options, "datasets", "digits"), description="the data set and its own options"
+    )
     image_size: tuple[int, int] = Field((8, 8), description="height and width in pixels that the detector works at")
     channels: Literal[1, 3] = Field(1, description="1 (grey) or 3 (RGB)")
     resize: Literal["stretch", "pad", "strict"] = Field(
@@ -99,7 +110,7 @@ class DataConfig(Section):
         None, description="where the shards lie or go: a folder or s3://...; the run's own folder when empty"
     )
     shard_format: Literal["encoded", "raw"] = Field(
-        "encoded", description="encoded: files as they are; raw: uint8 pixels at image_size, where decoding is the limit",
+        "encoded", description="encoded: files as they are; raw: uint8 pixels at image_size, if decoding is the limit",
         json_schema_extra=NO_EFFECT,
     )  # fmt: skip
     shard_mb: int = Field(128, gt=0, description="target size of a shard in MB", json_schema_extra=NO_EFFECT)
@@ -164,7 +175,8 @@ class TrainingConfig(Section):
     def _check(self) -> Self:
         if self.batch_size % self.accumulation_steps:
             raise ValueError(
-                f"batch_size is {self.batch_size}; it must be a multiple of accumulation_steps ({self.accumulation_steps})"
+                f"batch_size is {self.batch_size}; it must be a multiple of accumulation_steps"
+                f" ({self.accumulation_steps})"
             )
         return self
 
@@ -196,18 +208,30 @@ class ExperimentConfig(Section):
     """One experiment: data, diffusion model, training, scoring and calibration."""
 
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, order, noise; a headline needs three")
-    data: DataConfig = DataConfig()
-    space: SpaceOptions = Field({"name": "pixel"}, description="what is diffused")
-    denoiser: DenoiserOptions = Field({"name": "unet"}, description="the network")
+    data: DataConfig = Field(default_factory=DataConfig)  # not DataConfig(): that would import a data set from here
+    space: SpaceOptions = Field(
+        default_factory=partial(component_options, "spaces", "pixel"), description="what is diffused"
+    )
+    denoiser: DenoiserOptions = Field(
+        default_factory=partial(component_options, "denoisers", "unet"), description="the network"
+    )
     schedule: ScheduleConfig = ScheduleConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     training: TrainingConfig = TrainingConfig()
-    scoring: ScorerOptions = Field({"name": "denoising_error"}, description="how an image gets its score")
+    scoring: ScorerOptions = Field(
+        default_factory=partial(component_options, "scorers", "denoising_error"),
+        description="how an image gets its score",
+    )
     calibration: CalibrationConfig = CalibrationConfig()
     execution: ExecutionConfig = ExecutionConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.schedule.rescale_to_zero_terminal_snr and self.objective.prediction_type == "epsilon":
+            raise ValueError(
+                "schedule.rescale_to_zero_terminal_snr leaves nothing of the image at the last step, so epsilon cannot"
+                " tell it; set objective.prediction_type to v_prediction or sample"
+            )
         share = self.execution.num_workers * self.training.accumulation_steps
         if self.training.batch_size % share:
             raise ValueError(
@@ -252,7 +276,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     try:
         return path, yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text}: the value is not YAML ({error})") from error
+        raise ConfigError(f"--set {text}: the value is not YAML ({' '.join(str(error).split())})") from error
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -290,17 +314,19 @@ def _explain(error: ValidationError, where: str) -> str:
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         parent, key = ".".join(path.split(".")[:-1]), path.split(".")[-1]
-        known = sorted(_fields_at(parent, error.title))
+        known = sorted(_fields_at(parent))
         message = f"{path} is not a known key; {registry.nearest(key, known)}"
     elif first["type"] in ("value_error", "assertion_error"):
         message = f"{path + ': ' if path else ''}{first['ctx']['error']}"
+    elif first["type"] == "missing":
+        message = f"{path} is missing; set it"
     else:
         message = f"{path} is {first['input']!r}; {first['msg'][0].lower()}{first['msg'][1:]}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{where}: {message}{more}"
 
 
-def _fields_at(parent: str, title: str) -> Iterator[str]:
+def _fields_at(parent: str) -> Iterator[str]:
     """Field names valid below a dotted path; for a component, those of all components of that kind."""
     model: Any = ExperimentConfig
     for part in parent.split(".") if parent else []:

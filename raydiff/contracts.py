@@ -139,8 +139,9 @@ class Scorer(Protocol):
 class Baseline(Protocol):
     """Built by ``baselines/<name>.py: build(options, seed=)``; wrapped in a ``BaselineDetector``.
 
-    Whatever it keeps is tensors: ``state`` and ``load_state`` take the place of pickle. A library model that cannot be
-    written as tensors is refitted in ``load_state`` from the training sample kept in ``state``, to the same scores bit for bit.
+    Whatever it keeps is tensors: ``state`` and ``load_state`` take the place of pickle. A library model that
+    cannot be written as tensors is refitted in ``load_state`` from the training sample kept in ``state``, to the same
+    scores bit for bit.
     """
 
     def fit(self, images: Tensor) -> None:

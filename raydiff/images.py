@@ -147,7 +147,7 @@ def decode_mask(
 
     Raises:
         DataError: as :func:`decode`; another size than its image; or nothing in it exceeds one half although it is not
-            all zero (a mask of 0 and 1 would silently be empty).
+            all zero (written as 0 and 1, say).
     """
     image, _ = _load(data, spec, name)
     size = (image.height, image.width)
@@ -155,6 +155,11 @@ def decode_mask(
         raise DataError(
             f"{name}: the mask is {size[0]} x {size[1]} and its image {expected_size[0]} x {expected_size[1]}; "
             f"make them the same size"
+        )
+    if spec.resize == "strict" and size != spec.image_size:
+        raise DataError(
+            f"{name}: is {size[0]} x {size[1]}; data.resize: strict expects {spec.image_size[0]} x "
+            f"{spec.image_size[1]}; set data.resize to stretch or pad"
         )
     grey = image.convert("L")
     brightest = int(np.asarray(grey).max())
@@ -296,8 +301,6 @@ def _fit(image: Image.Image, spec: ImageSpec, resample: Image.Resampling) -> NDA
         inner = (min(height, max(1, round(image.height * scale))), min(width, max(1, round(image.width * scale))))
     else:
         inner = (height, width)
-    if spec.resize == "strict" and (image.height, image.width) != inner:
-        raise DataError(f"data.resize: strict expects {height} x {width}, not {image.height} x {image.width}")
     if (image.height, image.width) != inner:
         image = image.resize((inner[1], inner[0]), resample)
     pixels: NDArray[np.uint8] = np.array(image, dtype=np.uint8)

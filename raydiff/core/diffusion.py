@@ -42,7 +42,7 @@ class Diffusion:
     seed: int = 0
     num_classes: int | None = None
     chunk_size: int = 16
-    device: torch.device = torch.device("cpu")
+    device: str = "cpu"
 
     @torch.inference_mode()
     def predict(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:

@@ -22,7 +22,15 @@ from torch import Tensor
 
 from raydiff.errors import ConfigError, ShapeError
 
-__all__ = ["BetaSchedule", "NoiseSchedule", "PredictionType", "make_schedule", "predict_epsilon", "predict_x0", "target"]
+__all__ = [
+    "BetaSchedule",
+    "NoiseSchedule",
+    "PredictionType",
+    "make_schedule",
+    "predict_epsilon",
+    "predict_x0",
+    "target",
+]
 
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"]
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
@@ -83,7 +91,7 @@ class NoiseSchedule:
         return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
 
     def velocity(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """v = sqrt(abar_t) noise - sqrt(1 - abar_t) x0, (B, ...) (Salimans and Ho 2022, arXiv:2202.00512, app. D)."""
+        """Velocity: sqrt(abar_t) noise - sqrt(1 - abar_t) x0, (B, ...) (Salimans and Ho 2022, arXiv:2202.00512)."""
         abar = self.alpha_bar(t, x0)
         return abar.sqrt() * noise - (1 - abar).sqrt() * x0
 
@@ -122,7 +130,9 @@ def make_schedule(
         ConfigError: the name is unknown, T is below 2, or the betas do not lie in (0, 1) and increase.
     """
     if beta_schedule not in get_args(BetaSchedule):
-        raise ConfigError(f"no beta_schedule is called {beta_schedule!r}; there are: {', '.join(get_args(BetaSchedule))}")
+        raise ConfigError(
+            f"no beta_schedule is called {beta_schedule!r}; there are: {', '.join(get_args(BetaSchedule))}"
+        )
     if num_train_timesteps < 2:
         raise ConfigError(f"num_train_timesteps is {num_train_timesteps}; it must be at least 2")
     if not 0 < beta_start <= beta_end < 1:

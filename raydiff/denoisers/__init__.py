@@ -1,1 +1,1 @@
-"""Denoisers: networks called ``(x_t, t, condition) -> prediction``. One file each; the file's name is the denoiser's."""
+"""Denoisers: networks called ``(x_t, t, condition) -> prediction``. One file each, named as the denoiser."""

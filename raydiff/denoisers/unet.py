@@ -75,8 +75,8 @@ def build(options: Options, *, channels: int, image_size: tuple[int, int], num_c
     factor = 2 ** (len(options.block_out_channels) - 1)
     if any(side % factor for side in image_size):
         raise ConfigError(
-            f"data.image_size is {image_size}; with {len(options.block_out_channels)} levels (denoiser.block_out_channels)"
-            f" both sides must be multiples of {factor}"
+            f"data.image_size is {image_size}; with {len(options.block_out_channels)} levels"
+            f" (denoiser.block_out_channels) both sides must be multiples of {factor}"
         )
     for width in options.block_out_channels:
         if width % options.norm_num_groups:
@@ -84,7 +84,9 @@ def build(options: Options, *, channels: int, image_size: tuple[int, int], num_c
                 f"denoiser.norm_num_groups is {options.norm_num_groups}; it must divide every width, and not {width}"
             )
     if bad := [level for level in options.attention_levels if not 0 <= level < len(options.block_out_channels)]:
-        raise ConfigError(f"denoiser.attention_levels names level {bad[0]}; there are {len(options.block_out_channels)}")
+        raise ConfigError(
+            f"denoiser.attention_levels names level {bad[0]}; there are {len(options.block_out_channels)}"
+        )
     if not options.class_conditional:
         num_classes = None
     return UNet(options, channels=channels, image_size=image_size, num_classes=num_classes)

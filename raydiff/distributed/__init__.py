@@ -1,1 +1,16 @@
 """The only package that imports Ray. Nothing here computes: it spreads plain functions over machines."""
+
+from __future__ import annotations
+
+import os
+
+# Read by Ray when it is imported or starts processes, so set before any module here imports it; one set outside wins.
+for _name, _value in {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # a local cluster binds 127.0.0.1, not the network's address
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every line that a worker prints appears twice
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "HF_HUB_OFFLINE": "1",
+}.items():
+    os.environ.setdefault(_name, _value)

@@ -1,0 +1,177 @@
+"""The folder format of everything raydiff saves: data, never code.
+
+A folder is written under a temporary name beside its place, its ``manifest.json`` last, then renamed: it is there whole
+or not at all. The manifest names the kind, the format version, and each file's size and SHA-256. Reading checks all of
+them, so a truncated, altered or half-copied folder is an error that says which file.
+
+=====================  ===============================================================================
+config.json            the kind of detector and its whole config, every default written out
+weights.safetensors    the network (or the sample a baseline is refitted from), and the space's state
+calibration.json       threshold and calibration scores; absent until calibrated
+statistics.safetensors what the scorer learnt from calibration normals; absent until calibrated
+training.*             in a checkpoint only: the state to resume from
+manifest.json          last
+=====================  ===============================================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from raydiff.errors import ArtifactError, StorageError
+
+__all__ = ["FORMAT_VERSION", "Folder", "Kind", "encode_json", "encode_tensors", "read_folder", "write_folder"]
+
+FORMAT_VERSION = 1
+"""Raised when a reader of the old format could not read the new one."""
+
+Kind = Literal["artifact", "checkpoint"]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A verified folder. ``digest`` is the SHA-256 of its manifest, which holds those of its files."""
+
+    path: Path
+    kind: Kind
+    digest: str
+    files: frozenset[str]
+
+    def json(self, name: str) -> Any:
+        """A JSON file's content."""
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ArtifactError(f"{self.path / name}: is not JSON ({error}); save the artefact again") from error
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """A safetensors file's tensors, on the CPU."""
+        try:
+            tensors: dict[str, Tensor] = safetensors.torch.load_file(self.path / name)
+        except safetensors.SafetensorError as error:
+            raise ArtifactError(f"{self.path / name}: is no safetensors file ({error})") from error
+        return tensors
+
+
+def encode_json(data: Any) -> bytes:
+    """JSON with sorted keys: the same data gives the same bytes."""
+    return (json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def encode_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """Safetensors: the same tensors give the same bytes."""
+    data: bytes = safetensors.torch.save({name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)})
+    return data
+
+
+def write_folder(path: str | Path, kind: Kind, files: Mapping[str, bytes], *, overwrite: bool = False) -> str:
+    """Write a folder whole or not at all; returns its digest.
+
+    Raises:
+        StorageError: the place cannot be written (permission, full disk), or exists and ``overwrite`` is not set. What
+            was there before is still there.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise StorageError(f"{path}: exists; choose another place, or remove it first")
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        temporary.chmod(0o755)
+        for name, data in files.items():
+            _write(temporary / name, data)
+        manifest = encode_json(_manifest(kind, files))
+        _write(temporary / "manifest.json", manifest)
+        _put_in_place(temporary, path)
+    except OSError as error:
+        raise StorageError(
+            f"{path}: cannot be written ({error.strerror}); free space or choose another place"
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return hashlib.sha256(manifest).hexdigest()
+
+
+def read_folder(path: str | Path) -> Folder:
+    """Verify a folder against its manifest.
+
+    Raises:
+        ArtifactError: it does not exist, has no manifest (was not finished), is of a newer format, or a file of it is
+            missing, truncated or altered.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ArtifactError(f"{path}: there is no such folder; give the folder that holds manifest.json")
+    try:
+        raw = (path / "manifest.json").read_bytes()
+        manifest = json.loads(raw)
+        version, kind, files = manifest["format_version"], manifest["kind"], manifest["files"]
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}: has no manifest.json, so it was never finished; save it again") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path / 'manifest.json'}: is damaged ({error}); save the artefact again") from error
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path}: has format version {version}; this raydiff reads up to {FORMAT_VERSION}, so upgrade raydiff"
+        )
+    for name, expected in files.items():
+        _verify(path / name, expected)
+    return Folder(path, kind, hashlib.sha256(raw).hexdigest(), frozenset(files))
+
+
+def _manifest(kind: Kind, files: Mapping[str, bytes]) -> dict[str, Any]:
+    entries = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    return {"format_version": FORMAT_VERSION, "kind": kind, "files": entries}
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """Rename into place; an older folder there is set aside first and removed after."""
+    if not path.exists():
+        temporary.rename(path)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent)) / path.name
+    path.rename(aside)
+    try:
+        temporary.rename(path)
+    except OSError:
+        with suppress(OSError):
+            aside.rename(path)
+        raise
+    shutil.rmtree(aside.parent, ignore_errors=True)
+
+
+def _verify(path: Path, expected: Mapping[str, Any]) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise ArtifactError(f"{path}: is missing ({error.strerror}); copy the whole folder again") from error
+    if size != expected["bytes"]:
+        raise ArtifactError(
+            f"{path}: is truncated or was changed ({size} bytes, the manifest says {expected['bytes']}); copy it again"
+        )
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != expected["sha256"]:
+        raise ArtifactError(f"{path}: was altered (its SHA-256 is not the manifest's); copy it again")

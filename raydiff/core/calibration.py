@@ -1,0 +1,126 @@
+"""Thresholds from normal images alone: a finite-sample quantile, its interval, and conformal p-values.
+
+With n calibration normals exchangeable with the normals to come, the k-th smallest calibration score is exceeded by a
+new normal with probability at most 1 - k / (n + 1) (Vovk et al. 2005, *Algorithmic Learning in a Random World*,
+prop. 2.4); given the calibration set, that probability follows Beta(n + 1 - k, k) for continuous scores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from raydiff.errors import ConfigError, ScoreError, ShapeError
+
+__all__ = ["Calibration", "Threshold", "conformal_quantile", "fit_threshold"]
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A cut and the rule that made it: an image whose score lies above ``value`` is called anomalous.
+
+    ``guaranteed_fpr`` bounds the false-positive rate, averaged over calibration sets of this size; it exceeds
+    ``target_fpr`` only when there are fewer than 1 / target_fpr - 1 images. ``interval`` holds the rate of this very
+    calibration set with 95 % probability.
+    """
+
+    value: float
+    target_fpr: float
+    num_images: int
+    guaranteed_fpr: float
+    interval: tuple[float, float]
+
+    @property
+    def rule(self) -> str:
+        """The rule in words."""
+        return (
+            f"finite-sample quantile of {self.num_images} calibration normals for a false-positive rate of"
+            f" {self.target_fpr:.3g} (guaranteed {self.guaranteed_fpr:.3g},"
+            f" 95 % interval {self.interval[0]:.3g} to {self.interval[1]:.3g})"
+        )
+
+
+def conformal_quantile(scores: np.ndarray, target_fpr: float) -> tuple[float, int]:
+    """The smallest calibration score that at most ``target_fpr`` of new normals exceed, and its rank k (1-based).
+
+    With too few scores for the rate, the largest score, with k = n.
+    """
+    rank = min(math.ceil((len(scores) + 1) * (1 - target_fpr) - 1e-9), len(scores))
+    return float(np.sort(scores)[rank - 1]), rank
+
+
+def fit_threshold(scores: Tensor, target_fpr: float) -> Threshold:
+    """The threshold for a requested false-positive rate.
+
+    Args:
+        scores: (n,) of normal images that nothing was fitted on.
+        target_fpr: in (0, 1).
+
+    Raises:
+        ShapeError: there is no score.
+        ScoreError: a score is NaN or infinite.
+        ConfigError: ``target_fpr`` is outside (0, 1).
+    """
+    values = _finite(scores)
+    if not 0 < target_fpr < 1:
+        raise ConfigError(f"target_fpr is {target_fpr}; it must lie between 0 and 1")
+    value, rank = conformal_quantile(values, target_fpr)
+    above = len(values) + 1 - rank
+    low, high = stats.beta.interval(0.95, above, rank)
+    return Threshold(value, target_fpr, len(values), above / (len(values) + 1), (float(low), float(high)))
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What ``calibrate`` learns about normal images.
+
+    ``scores`` are the calibration normals', float64 (n,), sorted. ``mask_threshold`` cuts the anomaly map: at most
+    ``target_fpr`` of normal images have a pixel above it (None for a detector without maps). ``data_digest``
+    identifies the data set the images come from.
+    """
+
+    threshold: Threshold
+    scores: Tensor
+    mask_threshold: float | None
+    data_digest: str | None
+
+    def p_value(self, scores: Tensor) -> Tensor:
+        """Conformal p-values, float64 (B,): (1 + calibration scores at least as high) / (n + 1)."""
+        position = torch.searchsorted(self.scores, scores.double().cpu().contiguous())  # scores strictly below
+        return (1 + len(self.scores) - position).double() / (len(self.scores) + 1)
+
+    def at(self, target_fpr: float) -> Calibration:
+        """The same calibration with the threshold for another false-positive rate; ``mask_threshold`` stays."""
+        return Calibration(fit_threshold(self.scores, target_fpr), self.scores, self.mask_threshold, self.data_digest)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; floats survive the way through JSON bit for bit."""
+        return {
+            "threshold": asdict(self.threshold) | {"interval": list(self.threshold.interval)},
+            "mask_threshold": self.mask_threshold,
+            "data_digest": self.data_digest,
+            "scores": self.scores.tolist(),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Calibration:
+        """Read back what :meth:`to_dict` gave."""
+        threshold = Threshold(**{**data["threshold"], "interval": tuple(data["threshold"]["interval"])})
+        scores = torch.tensor(data["scores"], dtype=torch.float64)
+        return cls(threshold, scores, data["mask_threshold"], data["data_digest"])
+
+
+def _finite(scores: Tensor) -> np.ndarray:
+    values = scores.detach().double().cpu().numpy()
+    if values.ndim != 1 or not len(values):
+        raise ShapeError(f"calibration scores have shape {values.shape}; they must be (n,) with n at least 1")
+    if not np.isfinite(values).all():
+        raise ScoreError(f"calibration score {int(np.argmin(np.isfinite(values)))} is not finite")
+    return values

@@ -1,0 +1,252 @@
+"""Ray Train around :mod:`raydiff.training`: workers, restarts, checkpoints on any file system Ray can reach."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train.torch
+import torch
+from torch import Tensor, nn
+
+from raydiff import errors
+from raydiff.config import ExperimentConfig
+from raydiff.detector import Detector
+from raydiff.errors import ConfigError, RaydiffError, StorageError, WorkerError
+from raydiff.experiment import cached, finish, held_out_images, provenance_of
+from raydiff.images import ImageSpec
+from raydiff.runtime import CHECKPOINTS
+from raydiff.shards import ShardSet, TrainingBatch, TrainingOrder, fits_in_memory
+from raydiff.tracking import MetricsLog, read_metrics
+from raydiff.training import Stream, train
+
+__all__ = ["RayRuntime", "fit"]
+
+_FAILURE = "failure.json"
+_POLL_S = 0.5
+
+
+def fit(
+    config: ExperimentConfig,
+    run_dir: Path,
+    shards: ShardSet,
+    *,
+    on_metrics: Callable[[Mapping[str, Any]], None] = lambda _: None,
+) -> Detector:
+    """Train on ``execution.num_workers`` Ray Train workers, calibrate, and save ``run_dir/artifact``.
+
+    A run folder with checkpoints is taken up where it stopped. A killed worker is restarted from the last checkpoint
+    up to ``execution.max_failures`` times. ``on_metrics`` gets each line of ``metrics.jsonl`` as it is written.
+
+    Raises:
+        ConfigError: the cluster has fewer CPUs or GPUs than the workers ask for.
+        TrainingError: the loss is not a number; WorkerError: workers failed too often.
+        DataError, StorageError: what a worker met while it read or wrote.
+    """
+    shards.check(config.data)
+    _check_resources(config)
+    run_dir = run_dir.resolve()
+    (run_dir / _FAILURE).unlink(missing_ok=True)
+    with _follow(run_dir, on_metrics):
+        checkpoint = _run(config, run_dir, shards)
+    with checkpoint.as_directory() as folder:
+        return finish(run_dir, Path(folder), shards, device="cuda" if config.execution.use_gpu else "cpu")
+
+
+def _run(config: ExperimentConfig, run_dir: Path, shards: ShardSet) -> Any:
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    execution = config.execution
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"config": config.to_dict(), "run_dir": str(run_dir), "shards": shards},
+        scaling_config=ScalingConfig(
+            num_workers=execution.num_workers,
+            use_gpu=execution.use_gpu,
+            resources_per_worker={"CPU": execution.cpus_per_worker} | ({"GPU": 1} if execution.use_gpu else {}),
+        ),
+        run_config=RunConfig(
+            name=CHECKPOINTS,
+            storage_path=str(run_dir),
+            failure_config=FailureConfig(max_failures=execution.max_failures, controller_failure_limit=2),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.training.keep_checkpoints),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except TrainingFailedError as error:
+        _raise_recorded(run_dir)
+        raise WorkerError(f"{run_dir}: {_reason(error)}; resume with: raydiff fit --resume {run_dir}") from error
+    _raise_recorded(run_dir)
+    if result.checkpoint is None:
+        raise StorageError(
+            f"{run_dir / CHECKPOINTS}: training ended without a checkpoint; see that the place is shared"
+        )
+    return result.checkpoint
+
+
+def _worker(job: dict[str, Any]) -> None:
+    """One Ray Train worker. An error of ours is written down, so that the restart that Ray tries gives up at once."""
+    run_dir = Path(job["run_dir"])
+    if (run_dir / _FAILURE).exists():
+        return
+    config, shards = ExperimentConfig.model_validate(job["config"]), job["shards"]
+    try:
+        runtime = RayRuntime.here(config, run_dir)
+        provenance = provenance_of(shards)
+        train(
+            config, _stream(config, shards, runtime), held_out_images(config, shards), runtime,
+            num_classes=provenance["num_classes"], provenance=provenance,
+        )  # fmt: skip
+    except RaydiffError as error:
+        record = {"type": type(error).__name__, "message": str(error)}
+        (run_dir / _FAILURE).write_text(json.dumps(record), encoding="utf-8")
+        raise
+
+
+def _stream(config: ExperimentConfig, shards: ShardSet, runtime: RayRuntime) -> Stream:
+    """From memory when the decoded training images fit there, else streamed by Ray Data: the same batches."""
+    spec = ImageSpec.of(config.data)
+    if fits_in_memory(shards, spec, config.data.cache_mb):
+        return cached(config, shards, rank=runtime.rank, world_size=runtime.world_size)
+    from raydiff.distributed.data import streaming
+
+    order = TrainingOrder.of(shards, seed=config.seed, window=config.data.shuffle_window)
+
+    def stream(start_step: int) -> Iterator[TrainingBatch]:
+        return streaming(
+            shards, spec, order, batch_size=config.training.batch_size, start_step=start_step,
+            num_steps=config.training.num_steps, rank=runtime.rank, world_size=runtime.world_size,
+        )  # fmt: skip
+
+    return stream
+
+
+@dataclass
+class RayRuntime:
+    """:class:`raydiff.runtime.Runtime` on a Ray Train worker: DDP over gloo or nccl, checkpoints through Ray."""
+
+    rank: int
+    world_size: int
+    device: str
+    log: Callable[[Mapping[str, Any]], None] | None
+
+    @classmethod
+    def here(cls, config: ExperimentConfig, run_dir: Path) -> RayRuntime:
+        """The runtime of the worker this is called on."""
+        context = ray.train.get_context()
+        rank = context.get_world_rank()
+        device = str(ray.train.torch.get_device()) if config.execution.use_gpu else "cpu"
+        log = MetricsLog(run_dir, batch_size=config.training.batch_size) if rank == 0 else None
+        return cls(rank, context.get_world_size(), device, log)
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """DistributedDataParallel when there is more than one worker."""
+        if self.world_size == 1:
+            return network
+        return nn.parallel.DistributedDataParallel(network, device_ids=None if self.device == "cpu" else [self.device])
+
+    def reduce_mean(self, values: Tensor) -> Tensor:
+        """All-reduce over the workers."""
+        if self.world_size == 1:
+            return values
+        summed = values.clone()
+        torch.distributed.all_reduce(summed)
+        return summed / self.world_size
+
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        """Rank 0 writes the line."""
+        if self.log is not None:
+            self.log(metrics)
+
+    def save(self, step: int, write: Callable[[Path], None]) -> None:
+        """Rank 0 writes to a temporary folder, Ray copies it to the run's storage and prunes older ones."""
+        if self.rank != 0:
+            ray.train.report({"step": step})
+            return
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "checkpoint"
+            write(folder)
+            try:
+                ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+            except OSError as error:
+                raise StorageError(
+                    f"the checkpoint of step {step} cannot be written ({error.strerror or error}); the one before is"
+                    " still there; free space and resume"
+                ) from error
+
+    @contextmanager
+    def latest(self) -> Iterator[Path | None]:
+        """The checkpoint that Ray resumes from, on this worker's disk."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            yield None
+            return
+        with checkpoint.as_directory() as folder:
+            yield Path(folder)
+
+
+@contextmanager
+def _follow(run_dir: Path, on_metrics: Callable[[Mapping[str, Any]], None]) -> Iterator[None]:
+    """Hand over the metrics that rank 0 writes, as they come, from a thread."""
+    seen = sum(1 for _ in read_metrics(run_dir))
+    stop = threading.Event()
+
+    def follow() -> None:
+        nonlocal seen
+        while True:
+            ended = stop.wait(_POLL_S)
+            lines = list(read_metrics(run_dir))
+            if len(lines) < seen:  # a restart rewound the file; its last line says so
+                seen = max(0, next((i for i, line in enumerate(lines) if line.get("resumed")), len(lines)))
+            for line in lines[seen:]:
+                on_metrics(line)
+            seen = len(lines)
+            if ended:
+                return
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _check_resources(config: ExperimentConfig) -> None:
+    """Refuse what the cluster cannot give: Ray would wait for it for ever."""
+    execution, available = config.execution, ray.cluster_resources()
+    needs = {"CPU": execution.num_workers * execution.cpus_per_worker}
+    if execution.use_gpu:
+        needs["GPU"] = execution.num_workers
+    for name, amount in needs.items():
+        if amount > available.get(name, 0):
+            raise ConfigError(
+                f"execution.num_workers {execution.num_workers} need {amount:g} {name}s, the cluster has"
+                f" {available.get(name, 0):g}; ask for less, or add nodes"
+            )
+
+
+def _raise_recorded(run_dir: Path) -> None:
+    path = run_dir / _FAILURE
+    if path.exists():
+        record = json.loads(path.read_text(encoding="utf-8"))
+        raise getattr(errors, record["type"])(record["message"])
+
+
+def _reason(error: BaseException) -> str:
+    failures = getattr(error, "worker_failures", None) or {}
+    cause = next(iter(failures.values()), error)
+    return f"training failed ({type(cause).__name__}: {' '.join(str(cause).split())[:300]})"

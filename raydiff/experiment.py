@@ -1,0 +1,197 @@
+"""From shards to a calibrated detector, without Ray: the steps that ``raydiff fit`` and the benchmarks share.
+
+A run is a folder::
+
+    config.yaml     the resolved config, every default written out
+    shards/         the data, when the config names no other place
+    checkpoints/    states to resume from
+    metrics.jsonl   and tensorboard/
+    artifact/       the calibrated detector
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from raydiff.artifact import read_folder
+from raydiff.config import ExperimentConfig, component_options, load_config
+from raydiff.detector import BaselineDetector, Detector, load_detector
+from raydiff.errors import ConfigError, DataError, StorageError
+from raydiff.images import ImageSpec, to_tensor
+from raydiff.runtime import CHECKPOINTS, LocalRuntime
+from raydiff.shards import ShardSet, TrainingBatch, TrainingOrder, cached_stream
+from raydiff.tracking import MetricsLog
+from raydiff.training import HeldOut, Stream, train
+
+__all__ = [
+    "ARTIFACT",
+    "CONFIG",
+    "artifact_of",
+    "cached",
+    "calibrated",
+    "finish",
+    "fit_baselines",
+    "fit_locally",
+    "held_out_images",
+    "open_run",
+    "provenance_of",
+    "split_batches",
+]
+
+ARTIFACT, CONFIG = "artifact", "config.yaml"
+_MAX_BASELINE_IMAGES = 10_000
+
+
+def open_run(run_dir: Path, config: ExperimentConfig | None, *, resume: bool) -> ExperimentConfig:
+    """Begin a run folder, or take one up again; gives the config it runs with.
+
+    Raises:
+        ConfigError: a new run's folder already holds a run, or a run to resume is not there.
+        StorageError: the folder cannot be written.
+    """
+    path = run_dir / CONFIG
+    if resume:
+        if not path.exists():
+            raise ConfigError(f"{run_dir}: holds no run to resume ({CONFIG} is missing); give the folder of a run")
+        return load_config(path)
+    if path.exists():
+        raise ConfigError(f"{run_dir}: already holds a run; add --resume to go on with it, or choose another --out")
+    config = config or ExperimentConfig()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{run_dir}: cannot be written ({error.strerror}); choose another --out") from error
+    return config
+
+
+def split_batches(shards: ShardSet, split: Any, config: ExperimentConfig) -> Iterator[Tensor]:
+    """The images of a split, float32 (B, C, H, W) in [-1, 1], in stored order, a batch at a time."""
+    data = config.data
+    for part in shards.read(
+        split, ImageSpec.of(data), batch_size=config.execution.scoring_batch_size, on_bad_image=data.on_bad_image
+    ):
+        yield to_tensor(part.images)
+
+
+def held_out_images(config: ExperimentConfig, shards: ShardSet) -> HeldOut:
+    """The first ``training.validation_images`` calibration normals, for the held-out denoising loss.
+
+    Raises:
+        DataError: there are none.
+    """
+    limit = config.training.validation_images
+    images, labels, ids = [], [], list[str]()
+    for part in shards.read("calibration", ImageSpec.of(config.data), on_bad_image=config.data.on_bad_image):
+        images.append(to_tensor(part.images))
+        labels.append(torch.as_tensor(part.labels))
+        ids += part.ids
+        if len(ids) >= limit:
+            break
+    if not ids:
+        raise DataError(f"{shards.uri}: has no calibration images; raise data.calibration_fraction and prepare again")
+    return HeldOut(torch.cat(images)[:limit], torch.cat(labels)[:limit], ids[:limit])
+
+
+def provenance_of(shards: ShardSet) -> dict[str, Any]:
+    """What an artefact says about its origin: classes, data digest, versions. No time, so that bytes repeat."""
+    packages = ("raydiff", "torch", "diffusers", "ray", "scikit-learn", "pyod")
+    return {
+        "num_classes": len(shards.normal_classes),
+        "normal_classes": list(shards.normal_classes),
+        "data_digest": shards.digest,
+        "num_train_images": shards.count("train"),
+        "num_skipped_images": len(shards.skipped),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in packages},
+    }
+
+
+def cached(config: ExperimentConfig, shards: ShardSet, *, rank: int = 0, world_size: int = 1) -> Stream:
+    """The training stream with all decoded images in memory."""
+    order = TrainingOrder.of(shards, seed=config.seed, window=config.data.shuffle_window)
+
+    def stream(start_step: int) -> Iterator[TrainingBatch]:
+        return cached_stream(
+            shards, ImageSpec.of(config.data), order,
+            batch_size=config.training.batch_size, start_step=start_step, rank=rank, world_size=world_size,
+        )  # fmt: skip
+
+    return stream
+
+
+def fit_locally(
+    config: ExperimentConfig,
+    run_dir: Path,
+    shards: ShardSet,
+    *,
+    device: str = "cpu",
+    on_metrics: Callable[[Mapping[str, Any]], None] | None = None,
+) -> Detector:
+    """Train in this process, calibrate and save; goes on from the newest checkpoint in ``run_dir`` if there is one."""
+    shards.check(config.data)
+    log = MetricsLog(run_dir, batch_size=config.training.batch_size)
+
+    def record(metrics: Mapping[str, Any]) -> None:
+        log(metrics)
+        if on_metrics is not None:
+            on_metrics(metrics)
+
+    runtime = LocalRuntime(run_dir, device, config.training.keep_checkpoints, record)
+    provenance = provenance_of(shards)
+    train(
+        config, cached(config, shards), held_out_images(config, shards), runtime,
+        num_classes=provenance["num_classes"], provenance=provenance,
+    )  # fmt: skip
+    with runtime.latest() as checkpoint:
+        if checkpoint is None:
+            raise StorageError(f"{run_dir / CHECKPOINTS}: the last checkpoint has gone; train again")
+        return finish(run_dir, checkpoint, shards, device=device)
+
+
+def finish(run_dir: Path, checkpoint: Path, shards: ShardSet, *, device: str = "cpu") -> Detector:
+    """Calibrate the last checkpoint's detector and save it as ``run_dir/artifact``."""
+    detector = calibrated(load_detector(checkpoint, device=device), shards)
+    return detector.save(run_dir / ARTIFACT, overwrite=True)
+
+
+def calibrated(detector: Detector, shards: ShardSet) -> Detector:
+    """The detector with a threshold from the calibration split, which holds normal images alone."""
+    batches = split_batches(shards, "calibration", detector.config)
+    return detector.calibrate(batches, data_digest=shards.digest)
+
+
+def fit_baselines(config: ExperimentConfig, shards: ShardSet, names: Sequence[str]) -> Iterator[Detector]:
+    """Each named baseline, fitted on the training split (its first 10,000 images) and calibrated."""
+    images = torch.cat(list(_up_to(_MAX_BASELINE_IMAGES, split_batches(shards, "train", config))))
+    for name in names:
+        options = component_options("baselines", name)
+        detector = BaselineDetector.fit(config, options, images, provenance=provenance_of(shards))
+        yield calibrated(detector, shards)
+
+
+def artifact_of(path: str | os.PathLike[str]) -> Path:
+    """The artefact folder meant by ``path``: itself, or the one inside a run folder."""
+    folder = Path(path)
+    inside = folder / ARTIFACT
+    if not (folder / "manifest.json").exists() and inside.is_dir():
+        folder = inside
+    read_folder(folder)
+    return folder
+
+
+def _up_to(limit: int, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    for batch in batches:
+        yield batch[:limit]
+        limit -= len(batch)
+        if limit <= 0:
+            return

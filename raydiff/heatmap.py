@@ -1,0 +1,60 @@
+"""Heat maps a person can read: an anomaly map laid over its image.
+
+The picture depends on the image and the artefact alone, so two heat maps can be compared: colour begins at the map's
+median and is half-way up its scale at the calibrated ``mask_threshold``, which few normal images reach.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raydiff.errors import ShapeError
+
+__all__ = ["enlarge", "heat", "overlay"]
+
+_STOPS = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
+_COLOURS = np.array(  # inferno without its black end: ordered by lightness, so it also reads without colour
+    [[66, 10, 104], [147, 38, 103], [221, 81, 58], [252, 165, 10], [252, 255, 164]]
+)
+_OPACITY = np.array([0.0, 0.35, 0.7, 0.8, 0.9])
+
+
+def heat(anomaly_map: NDArray[np.floating], mask_threshold: float | None) -> NDArray[np.float64]:
+    """How far each pixel (H, W) stands out, in [0, 1]: 0 at the map's median, 0.5 at ``mask_threshold``.
+
+    Without a threshold, or with one below the median, 1 is the map's own maximum.
+    """
+    values = anomaly_map.astype(np.float64)
+    low = float(np.median(values))
+    high = float(values.max()) if mask_threshold is None or mask_threshold <= low else 2 * mask_threshold - low
+    return np.clip((values - low) / (high - low), 0.0, 1.0) if high > low else np.zeros_like(values)
+
+
+def overlay(
+    pixels: NDArray[np.uint8], anomaly_map: NDArray[np.floating], mask_threshold: float | None
+) -> NDArray[np.uint8]:
+    """The image in grey with the heat map over it, uint8 (H, W, 3).
+
+    Args:
+        pixels: (H, W, C), C = 1 or 3.
+        anomaly_map: (H, W), raw.
+        mask_threshold: as in :class:`raydiff.core.calibration.Calibration`.
+
+    Raises:
+        ShapeError: the two do not cover the same pixels.
+    """
+    if pixels.ndim != 3 or pixels.shape[:2] != anomaly_map.shape:
+        raise ShapeError(f"image is {pixels.shape} and map {anomaly_map.shape}; expected (H, W, C) and (H, W)")
+    level = heat(anomaly_map, mask_threshold)
+    colour = np.stack([np.interp(level, _STOPS, channel) for channel in _COLOURS.T], axis=-1)  # (H, W, 3)
+    opacity = np.interp(level, _STOPS, _OPACITY)[..., None]
+    grey = pixels.astype(np.float64).mean(axis=-1, keepdims=True)
+    blended: NDArray[np.uint8] = np.round(opacity * colour + (1 - opacity) * grey).astype(np.uint8)
+    return blended
+
+
+def enlarge(pixels: NDArray[np.uint8], at_least: int = 128) -> NDArray[np.uint8]:
+    """(H, W, C) repeated a whole number of times until the longer side has ``at_least`` pixels."""
+    factor = -(-at_least // max(pixels.shape[:2]))
+    return pixels.repeat(factor, axis=0).repeat(factor, axis=1)

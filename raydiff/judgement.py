@@ -1,0 +1,124 @@
+"""From residual maps to a score: normalise, blur, pool. Shared by every scorer that measures maps.
+
+It runs in float64 on the CPU, one image at a time in effect: no operation mixes rows, so a score does not depend on
+the batch. Nothing here evaluates the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from scipy import ndimage
+from torch import Tensor
+from torch.nn import functional
+
+from raydiff.config import Options
+from raydiff.contracts import Scores
+from raydiff.core.density import DensityKind, fit_density, negative_log_density
+from raydiff.errors import NotCalibratedError
+
+__all__ = ["Judge", "JudgeOptions", "pool"]
+
+Pooling = Literal["mean", "max", "top_k", "percentile"]
+
+
+class JudgeOptions(Options):
+    """How evidence becomes an image score and an anomaly map; changing these costs no network evaluation."""
+
+    normalise: Literal["none", "step", "pixel"] = Field(
+        "pixel", description="z-score residuals on calibration normals: per step, or per step and pixel"
+    )
+    shrinkage: float = Field(
+        20.0, ge=0, description="images' worth of weight that a step's mean deviation has in a pixel's deviation"
+    )
+    blur: float = Field(1.0, ge=0, description="standard deviation in pixels of the Gaussian blur of the map; 0: none")
+    pooling: Pooling = Field("top_k", description="how the map becomes a number; top_k: mean of the highest share")
+    pooling_share: float = Field(0.02, gt=0, le=1, description="share of pixels that top_k and percentile speak of")
+    density: DensityKind | Literal["none"] = Field(
+        "none", description="score by a two-sided density on per-step statistics instead of by pooling the map"
+    )
+    density_components: int = Field(3, ge=1, description="of the Gaussian mixture")
+
+
+class Judge:
+    """``fit`` and ``judge`` of the :class:`raydiff.contracts.Scorer` protocol; scorers inherit them."""
+
+    def __init__(self, options: JudgeOptions) -> None:
+        self.judging = options
+
+    def fit(self, evidence: Tensor) -> dict[str, Tensor]:
+        """Mean and deviation of residuals on calibration normals, and the density, from (n, K, H, W)."""
+        values = evidence.double()
+        statistics: dict[str, Tensor] = {}
+        if self.judging.normalise != "none":
+            statistics |= self._moments(values)
+        if self.judging.density != "none":
+            vectors = self._vectors(values.numpy())
+            state = fit_density(self.judging.density, vectors, num_components=self.judging.density_components)
+            statistics |= {f"density.{name}": value for name, value in state.items()}
+        return statistics
+
+    def judge(self, evidence: Tensor, statistics: Mapping[str, Tensor], image_size: tuple[int, int]) -> Scores:
+        """Scores float32 (B,) and maps float32 (B, 1, *image_size) from evidence (B, K, H, W).
+
+        Raises:
+            NotCalibratedError: the options ask for statistics, and there are none.
+        """
+        if not statistics and (self.judging.normalise, self.judging.density) != ("none", "none"):
+            raise NotCalibratedError("the scorer has no statistics of normal images yet; call calibrate() first")
+        values = evidence.double()
+        if "mean" in statistics:
+            values = (values - statistics["mean"].double()) / statistics["deviation"].double()
+        maps = values.numpy().mean(1)  # (B, H, W)
+        if self.judging.blur:
+            maps = ndimage.gaussian_filter(maps, (0, self.judging.blur, self.judging.blur), mode="nearest")
+        if self.judging.density == "none":
+            image = pool(maps, self.judging.pooling, self.judging.pooling_share)
+        else:
+            state = {k.removeprefix("density."): v for k, v in statistics.items() if k.startswith("density.")}
+            image = negative_log_density(state, self._vectors(evidence.double().numpy()))
+        full = torch.from_numpy(maps)[:, None]
+        if full.shape[-2:] != image_size:
+            full = functional.interpolate(full, image_size, mode="bilinear", align_corners=False)
+        return Scores(torch.from_numpy(image).float(), full.float())
+
+    def _moments(self, values: Tensor) -> dict[str, Tensor]:
+        """Per step (K, 1, 1) or per step and pixel (K, H, W), the latter shrunk towards the former."""
+        count = len(values)
+        step_mean = values.mean((0, 2, 3))[:, None, None]
+        step_variance = values.var((0, 2, 3), correction=0)[:, None, None].clamp(min=1e-24)
+        if self.judging.normalise == "step":
+            return {"mean": step_mean.float(), "deviation": step_variance.sqrt().float()}
+        mean = values.mean(0)
+        within = values.var(0, correction=0)  # (K, H, W)
+        average = within.mean((1, 2), keepdim=True)
+        weight = self.judging.shrinkage
+        variance = (count * within + weight * average) / (count + weight) if count + weight else within
+        return {"mean": mean.float(), "deviation": variance.clamp(min=1e-24).sqrt().float()}
+
+    def _vectors(self, evidence: np.ndarray) -> np.ndarray:
+        """Per-step statistics (B, 2K): log of the mean residual and of its highest share, at each step."""
+        flat = np.ascontiguousarray(evidence.reshape(*evidence.shape[:2], -1))  # (B, K, H W)
+        top = np.stack([pool(flat[:, k], "top_k", self.judging.pooling_share) for k in range(flat.shape[1])], 1)
+        return np.log(np.concatenate([flat.mean(2), top], 1) + 1e-12)
+
+
+def pool(maps: np.ndarray, how: Pooling, share: float) -> np.ndarray:
+    """One number per map, float64 (B,), from (B, ...).
+
+    ``top_k``: mean of the highest ``share`` of the pixels, at least one. ``percentile``: the lowest of these.
+    """
+    flat = np.ascontiguousarray(maps.reshape(len(maps), -1))
+    if how == "mean":
+        result = flat.mean(1)
+    elif how == "max":
+        result = flat.max(1)
+    else:
+        count = max(1, round(share * flat.shape[1]))
+        highest = np.ascontiguousarray(np.sort(flat, axis=1)[:, -count:])
+        result = highest.mean(1) if how == "top_k" else highest[:, 0]
+    return np.asarray(result, dtype=np.float64)

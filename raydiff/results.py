@@ -1,0 +1,321 @@
+"""What an evaluation leaves behind, and how it is kept: ``results.jsonl`` and one Parquet file of predictions per run.
+
+::
+
+    results.jsonl                 one row per (run, subset): the figures, and where they come from
+    predictions/<run>.parquet     one row per test image: score, p-value, verdict; pictures of the telling ones
+
+A run is one detector on one data set with one seed. The report is drawn from these files alone, so it can be drawn
+again without the model and without the images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from raydiff.core.metrics import NUM_DRAWS, Estimate, paired_differences
+from raydiff.errors import DataError, StorageError
+
+__all__ = [
+    "CLASSICS",
+    "Comparison",
+    "Evaluation",
+    "Picture",
+    "Predictions",
+    "Result",
+    "append_results",
+    "compare",
+    "load_evaluations",
+    "read_results",
+    "run_id",
+    "save_evaluations",
+]
+
+CLASSICS = ("isolation_forest", "ocsvm", "copod")
+"""The detectors a diffusion model is held against by default (arXiv:2412.07539)."""
+
+
+class Result(BaseModel):
+    """One row: how one detector did on one subset of the test images, and everything needed to find out why.
+
+    ``subset`` is ``all``, or one defect type or class (``subset_kind`` says which) against all normal images.
+    ``metrics`` holds :data:`raydiff.core.metrics.IMAGE_METRICS`, and ``PIXEL_METRICS`` where the detector draws maps
+    and the data has masks; intervals are 95 %, over test images. ``realised_fpr`` and ``realised_tpr`` are those of the
+    calibrated ``threshold``, with binomial intervals. ``num_evaluations`` (NFE) is network evaluations per image, None
+    for a detector without a network. Times cover an image from decoded pixels to verdict, in milliseconds. ``config``
+    is kept on the row of subset ``all``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    run: str
+    detector: str
+    dataset: str
+    seed: int
+    subset: str
+    subset_kind: Literal["all", "defect", "class"]
+    num_normal: int
+    num_anomalous: int
+    metrics: dict[str, Estimate]
+    threshold: float
+    target_fpr: float
+    realised_fpr: Estimate
+    realised_tpr: Estimate
+    num_evaluations: int | None
+    ms_per_image_alone: float
+    ms_per_image: float
+    batch_size: int
+    device: str
+    hardware: str
+    versions: dict[str, str]
+    commit: str | None
+    command: str | None
+    created: str
+    config_digest: str
+    artifact_digest: str | None
+    data_digest: str | None
+    config: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """Every test image in reading order: ``scores`` and ``p_values`` float64 (n,), ``labels`` and ``verdicts`` bool."""
+
+    ids: list[str]
+    defects: list[str]
+    labels: NDArray[np.bool_]
+    scores: NDArray[np.float64]
+    p_values: NDArray[np.float64]
+    verdicts: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A test image worth looking at, as PNG files: ``index`` is its row in the predictions."""
+
+    kind: Literal["miss", "false_alarm", "hit"]
+    index: int
+    image: bytes
+    reconstruction: bytes | None
+    heat_map: bytes | None
+    mask: bytes | None
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """One run: its rows (that of subset ``all`` first), every prediction, and the pictures, worst first of each kind.
+
+    ``predictions`` is None when only the rows were kept.
+    """
+
+    rows: list[Result]
+    predictions: Predictions | None
+    pictures: list[Picture]
+
+    def __repr__(self) -> str:
+        row = self.rows[0]
+        return f"Evaluation({row.detector} on {row.dataset}, seed {row.seed}: AUROC {row.metrics['auroc']})"
+
+
+class Comparison(BaseModel):
+    """A metric of ``detector`` minus that of ``reference`` on the same images, with a paired bootstrap interval."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    detector: str
+    reference: str
+    dataset: str
+    seed: int
+    metric: str
+    difference: Estimate
+    num_images: int
+
+
+def run_id(detector: str, dataset: str, seed: int, *details: object) -> str:
+    """12 hex characters that name a run; the same run evaluated again has the same name and replaces the old one."""
+    text = json.dumps([detector, dataset, seed, *details], default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def append_results(path: str | Path, rows: Iterable[Result]) -> None:
+    """Add rows at the end of a JSON-lines file, made if need be.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    target, text = Path(path), "".join(row.model_dump_json() + "\n" for row in rows)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise StorageError(f"{target}: cannot be written ({error.strerror}); choose another place") from error
+
+
+def read_results(path: str | Path) -> list[Result]:
+    """All rows, in the order they were written; of a run evaluated again, only the last rows.
+
+    Raises:
+        DataError: the file is missing, empty, or a line is no result; names the line and what is wrong with it.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise DataError(f"{path}: cannot be read ({reason}); run raydiff evaluate to make it") from error
+    rows: dict[tuple[str, str, str], Result] = {}
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            row = _parse(line, f"{path} line {number}")
+            key = (row.run, row.subset_kind, row.subset)
+            rows.pop(key, None)
+            rows[key] = row
+    if not rows:
+        raise DataError(f"{path}: holds no results; run raydiff evaluate to add some")
+    return list(rows.values())
+
+
+def save_evaluations(path: str | Path, evaluations: Sequence[Evaluation]) -> None:
+    """Write predictions beside ``path``, then append the rows to it.
+
+    Raises:
+        StorageError: a file cannot be written.
+    """
+    for evaluation in evaluations:
+        if evaluation.predictions is not None:
+            _write_predictions(_sidecar(path, evaluation.rows[0].run), evaluation.predictions, evaluation.pictures)
+        append_results(path, evaluation.rows)
+
+
+def load_evaluations(path: str | Path) -> list[Evaluation]:
+    """The runs of a ``results.jsonl`` in order, each with its predictions where the file beside it exists.
+
+    Raises:
+        DataError: as :func:`read_results`, or a predictions file cannot be read.
+    """
+    runs: dict[str, list[Result]] = {}
+    for row in read_results(path):
+        runs.setdefault(row.run, []).append(row)
+    evaluations = []
+    for run, rows in runs.items():
+        sidecar = _sidecar(path, run)
+        predictions, pictures = _read_predictions(sidecar) if sidecar.exists() else (None, [])
+        evaluations.append(Evaluation(sorted(rows, key=lambda row: row.subset_kind != "all"), predictions, pictures))
+    return evaluations
+
+
+def compare(
+    evaluations: Sequence[Evaluation],
+    *,
+    references: Sequence[str] = CLASSICS,
+    num_draws: int = NUM_DRAWS,
+    seed: int = 0,
+) -> list[Comparison]:
+    """Every other detector minus the best of ``references``, per data set and seed, with paired bootstrap intervals.
+
+    The reference is the one with the highest test AUROC among those present, which favours it. Groups in which no
+    reference was evaluated, or not on the same images, give no rows.
+    """
+    groups: dict[tuple[str, int], list[Evaluation]] = {}
+    for evaluation in evaluations:
+        if evaluation.predictions is not None:
+            groups.setdefault((evaluation.rows[0].dataset, evaluation.rows[0].seed), []).append(evaluation)
+    return [
+        comparison
+        for group in groups.values()
+        if (best := _best_of(group, references)) is not None
+        for other in group
+        if other.rows[0].detector not in references
+        for comparison in _differences(other, best, num_draws, seed)
+    ]
+
+
+def _best_of(group: Sequence[Evaluation], names: Sequence[str]) -> Evaluation | None:
+    present = [evaluation for evaluation in group if evaluation.rows[0].detector in names]
+    return max(present, key=lambda evaluation: evaluation.rows[0].metrics["auroc"].value, default=None)
+
+
+def _differences(ours: Evaluation, theirs: Evaluation, num_draws: int, seed: int) -> list[Comparison]:
+    a, b = ours.predictions, theirs.predictions
+    if a is None or b is None or sorted(a.ids) != sorted(b.ids):
+        return []
+    position = {image_id: i for i, image_id in enumerate(b.ids)}
+    reference = b.scores[[position[image_id] for image_id in a.ids]]
+    differences = paired_differences(a.scores, reference, a.labels, num_draws=num_draws, seed=seed)
+    row = ours.rows[0]
+    return [
+        Comparison(
+            detector=row.detector, reference=theirs.rows[0].detector, dataset=row.dataset, seed=row.seed,
+            metric=metric, difference=difference, num_images=len(a),
+        )
+        for metric, difference in differences.items()
+    ]  # fmt: skip
+
+
+def _parse(line: str, where: str) -> Result:
+    try:
+        return Result.model_validate_json(line)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        problem = f"{field}: {first['msg']}" if field else first["msg"]
+        raise DataError(f"{where}: is no result row ({problem}); remove the line or evaluate again") from error
+
+
+def _sidecar(path: str | Path, run: str) -> Path:
+    return Path(path).parent / "predictions" / f"{run}.parquet"
+
+
+_PNG_COLUMNS = [field.name for field in fields(Picture) if field.name not in ("kind", "index")]
+
+
+def _write_predictions(path: Path, predictions: Predictions, pictures: Sequence[Picture]) -> None:
+    shown = {picture.index: picture for picture in pictures}
+    columns: dict[str, Any] = {
+        "id": pa.array(predictions.ids, pa.string()),
+        "defect": pa.array(predictions.defects, pa.string()),
+        "is_anomaly": predictions.labels,
+        "score": predictions.scores,
+        "p_value": predictions.p_values,
+        "verdict": predictions.verdicts,
+    }
+    for name, kind in (("kind", pa.string()), *((name, pa.binary()) for name in _PNG_COLUMNS)):
+        columns[name] = pa.array([getattr(shown.get(i), name, None) for i in range(len(predictions))], kind)
+    order = pa.array([list(shown).index(i) if i in shown else None for i in range(len(predictions))], pa.int64())
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({**columns, "picture_order": order}), partial)
+        partial.replace(path)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
+
+
+def _read_predictions(path: Path) -> tuple[Predictions, list[Picture]]:
+    try:
+        table = pq.read_table(path).to_pydict()
+        predictions = Predictions(
+            table["id"], table["defect"], np.array(table["is_anomaly"], bool), np.array(table["score"], np.float64),
+            np.array(table["p_value"], np.float64), np.array(table["verdict"], bool),
+        )  # fmt: skip
+        shown = [(order, i) for i, order in enumerate(table["picture_order"]) if order is not None]
+        columns = ("kind", *_PNG_COLUMNS)
+        pictures = [Picture(index=i, **{name: table[name][i] for name in columns}) for _, i in sorted(shown)]
+    except (OSError, pa.ArrowException, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: is no file of predictions ({reason}); evaluate the run again") from error
+    return predictions, pictures

@@ -1,0 +1,100 @@
+"""``denoising_error``: how badly the denoiser predicts at several noise levels, all of them in one batch.
+
+Each image is noised to K steps with noise that all images share, and the squared error of the predicted clean image is
+one residual map per step. K evaluations, none of which waits for another: the cheapest way to use a diffusion model.
+Sources: the training loss as a score goes back to Graham et al. 2023 (arXiv:2211.07740); z-scores per step and pixel
+and two-sided densities answer the reversals that Mahmood et al. 2021 (arXiv:2010.13132) and Heng et al. 2024
+(arXiv:2402.11478) describe.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from raydiff.core.diffusion import Diffusion
+from raydiff.core.sampler import ddim_sample
+from raydiff.core.schedule import NoiseSchedule
+from raydiff.judgement import Judge, JudgeOptions
+
+__all__ = ["DenoisingError", "Options", "build"]
+
+
+class Options(JudgeOptions):
+    """Which steps are looked at, and how often."""
+
+    name: Literal["denoising_error"] = "denoising_error"
+    num_inference_steps: int = Field(8, ge=1, description="K, steps evaluated per image and repeat")
+    start: float = Field(0.1, ge=0, lt=1, description="lowest step, as a share of T")
+    stop: float = Field(0.6, gt=0, le=1, description="highest step, as a share of T")
+    num_repeats: int = Field(1, ge=1, description="noise draws per step, averaged")
+    classes: Literal["unlabelled", "minimum"] = Field(
+        "unlabelled", description="conditional denoisers: score without a label, or by the class that fits best"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.start >= self.stop:
+            raise ValueError(f"start is {self.start}; it must lie below stop ({self.stop})")
+        return self
+
+
+class DenoisingError(Judge):
+    """See the module."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self.options = options
+
+    def timesteps(self, schedule: NoiseSchedule) -> list[int]:
+        """The K steps, ascending and evenly spaced between ``start`` and ``stop``."""
+        last = len(schedule) - 1
+        steps = torch.linspace(self.options.start, self.options.stop, self.options.num_inference_steps) * last
+        return [int(t) for t in steps.round()]
+
+    def num_evaluations(self, model: Diffusion) -> int:
+        """K x repeats, times the classes when each is tried."""
+        return self.options.num_inference_steps * self.options.num_repeats * len(self._conditions(model))
+
+    def measure(self, model: Diffusion, x: Tensor) -> Tensor:
+        """Squared error of the predicted clean image, mean over channels, (B, K, H, W)."""
+        steps = self.timesteps(model.schedule)
+        repeats = range(self.options.num_repeats)
+        per_class = [
+            torch.stack([self._errors(model, x, steps, repeat, condition) for repeat in repeats]).mean(0)
+            for condition in self._conditions(model)
+        ]
+        errors = torch.stack(per_class)  # (classes, B, K, H, W)
+        best = torch.from_numpy(errors.double().numpy().mean((2, 3, 4)).argmin(0))  # (B,)
+        return errors[best, torch.arange(len(x))]
+
+    def reconstruct(self, model: Diffusion, x: Tensor) -> Tensor | None:
+        """Start clean at the highest step and denoise down the same steps (not part of the score)."""
+        steps = sorted(set(self.timesteps(model.schedule)), reverse=True)
+        t = torch.full((len(x),), steps[0], dtype=torch.int64)
+        start = model.schedule.add_noise(x, t, model.noise(tuple(x.shape[1:]), steps[0]).to(x))
+        return ddim_sample(model.predict, model.schedule, start, steps, model.prediction_type)
+
+    def _conditions(self, model: Diffusion) -> list[int | None]:
+        if model.num_classes is None or self.options.classes == "unlabelled":
+            return [None]
+        return list(range(model.num_classes))
+
+    def _errors(self, model: Diffusion, x: Tensor, steps: list[int], repeat: int, condition: int | None) -> Tensor:
+        """(B, K, H, W) for one noise draw per step."""
+        batch, count = len(x), len(steps)
+        noise = torch.stack([model.noise(tuple(x.shape[1:]), t, repeat) for t in steps]).to(x)  # (K, C, H, W)
+        repeated = x.repeat_interleave(count, 0)  # (B K, C, H, W)
+        t = torch.tensor(steps).repeat(batch)  # (B K,)
+        x_t = model.schedule.add_noise(repeated, t, noise.repeat(batch, 1, 1, 1))
+        labels = None if condition is None else torch.full_like(t, condition)
+        difference = model.predict_x0(x_t, t, labels) - repeated
+        return difference.square().mean(1).cpu().reshape(batch, count, *x.shape[2:])
+
+
+def build(options: Options) -> DenoisingError:
+    """The scorer."""
+    return DenoisingError(options)

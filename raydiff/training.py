@@ -1,0 +1,301 @@
+"""The training loop: plain PyTorch behind :class:`raydiff.runtime.Runtime`.
+
+Nothing random depends on what ran before. The order of the images follows from (seed, epoch); an image's noise, step
+and flip follow from (seed, epoch, image); dropout from (seed, optimiser step, rank). So a run that is resumed at step s
+does from there what an uninterrupted one does, and one worker and two see the same global batches with the same noise.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from raydiff.artifact import encode_json, encode_tensors, read_folder, write_folder
+from raydiff.config import ExperimentConfig, TrainingConfig
+from raydiff.core.diffusion import keyed_seed
+from raydiff.core.objective import diffusion_loss, loss_weights
+from raydiff.core.schedule import target
+from raydiff.detector import DiffusionDetector, build_denoiser, schedule_of
+from raydiff.errors import ArtifactError, TrainingError
+from raydiff.images import to_tensor
+from raydiff.runtime import Runtime
+from raydiff.shards import TrainingBatch
+
+__all__ = ["HeldOut", "Stream", "TrainingSummary", "learning_rate", "train"]
+
+Stream = Callable[[int], Iterator[TrainingBatch]]
+"""``stream(start_step)`` gives this rank's share of each global batch from that optimiser step on."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Normal images that are not trained on: ``images`` float32 (n, C, H, W), ``labels`` int64 (n,), ``ids``."""
+
+    images: Tensor
+    labels: Tensor
+    ids: list[str]
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """What a finished run reports: steps done, the last metrics, seconds spent in this process."""
+
+    steps: int
+    resumed_from: int
+    metrics: Mapping[str, Any]
+    seconds: float
+
+
+def learning_rate(step: int, training: TrainingConfig) -> float:
+    """The rate of optimiser step ``step`` (0-based): linear warm-up, then constant or half a cosine down to 0."""
+    warm = min(1.0, (step + 1) / (training.warmup_steps + 1))
+    if training.lr_schedule == "constant":
+        return training.learning_rate * warm
+    progress = max(0.0, (step - training.warmup_steps) / max(1, training.num_steps - training.warmup_steps))
+    return training.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def train(
+    config: ExperimentConfig,
+    stream: Stream,
+    held_out: HeldOut,
+    runtime: Runtime,
+    *,
+    num_classes: int,
+    provenance: Mapping[str, Any] | None = None,
+) -> TrainingSummary:
+    """Train to ``config.training.num_steps``, from the newest checkpoint if there is one.
+
+    The last checkpoint holds the averaged weights as an artefact; :func:`raydiff.detector.load_detector` reads it.
+
+    Raises:
+        TrainingError: the loss or a gradient is not a number; the message says at which step.
+        ArtifactError: the checkpoint to resume from belongs to another config or world.
+        StorageError: a checkpoint cannot be written; the one before is still there.
+    """
+    started = time.monotonic()
+    loop = _Loop(config, runtime, num_classes, {"num_classes": num_classes, **(provenance or {})})
+    with runtime.latest() as checkpoint:
+        if checkpoint is not None:
+            loop.resume(checkpoint)
+            runtime.report({"step": loop.step, "resumed": True})
+    first, settings = loop.step, config.training
+    batches = stream(first) if first < settings.num_steps else iter(())
+    metrics: dict[str, Any] = {}
+    busy, since = 0.0, first  # seconds spent training, and the step they count from
+    while loop.step < settings.num_steps:
+        begun = time.monotonic()
+        batch = next(batches)
+        loop.optimise(batch)
+        last = loop.step == settings.num_steps
+        validates = last or loop.step % settings.validate_every == 0
+        if validates or loop.step % settings.log_every == 0:
+            metrics = loop.metrics()  # waits for the device
+            busy += time.monotonic() - begun
+            metrics["images_per_second"] = (loop.step - since) * settings.batch_size / busy
+            metrics["epoch"] = int(batch.epochs[-1])
+            if validates:
+                metrics["held_out_loss"] = loop.held_out_loss(held_out)
+            runtime.report(metrics)
+            busy, since = 0.0, loop.step
+        else:
+            busy += time.monotonic() - begun
+        if last or loop.step % settings.checkpoint_every == 0:
+            loop.check_finite()
+            runtime.save(loop.step, loop.write)
+    return TrainingSummary(loop.step, first, metrics, time.monotonic() - started)
+
+
+class _Loop:
+    """Network, average, optimiser and the step they have reached."""
+
+    def __init__(
+        self, config: ExperimentConfig, runtime: Runtime, num_classes: int, provenance: Mapping[str, Any]
+    ) -> None:
+        self.config, self.runtime, self.provenance = config, runtime, provenance
+        self.schedule = schedule_of(config)
+        detector = DiffusionDetector.create(config, num_classes=num_classes)
+        self.space = detector.space
+        self.num_classes = detector.model.num_classes
+        self.network = build_denoiser(config, self.space, num_classes).train().to(runtime.device)
+        if config.training.channels_last:
+            self.network = self.network.to(memory_format=torch.channels_last)
+        average = get_ema_multi_avg_fn(config.training.ema_decay)  # type: ignore[no-untyped-call]
+        self.average = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
+        wrapped = runtime.wrap(self.network)
+        self.forward = cast(nn.Module, torch.compile(wrapped)) if config.training.compile else wrapped
+        self.wrapped = wrapped
+        self.optimiser = torch.optim.AdamW(
+            self.network.parameters(), lr=config.training.learning_rate, weight_decay=config.training.weight_decay
+        )
+        self.step = 0
+        self.generator = torch.Generator(runtime.device)
+        self.loss = torch.zeros((), device=runtime.device)
+        self.grad_norm = torch.zeros((), device=runtime.device)
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=runtime.device)
+
+    def optimise(self, batch: TrainingBatch) -> None:
+        """One optimiser step on this rank's share of the global batch."""
+        settings = self.config.training
+        torch.manual_seed(keyed_seed("dropout", self.config.seed, self.step, self.runtime.rank))
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(self.step, settings)
+        self.optimiser.zero_grad(set_to_none=True)
+        self.loss = torch.zeros_like(self.loss)
+        parts = _split(batch, settings.accumulation_steps)
+        for i, part in enumerate(parts):
+            with self._no_sync() if i < len(parts) - 1 else nullcontext():
+                loss = self._loss(part) / len(parts)
+                loss.backward()  # type: ignore[no-untyped-call]
+                self.loss += loss.detach()
+        self.grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), settings.max_grad_norm)
+        finite = torch.isfinite(self.loss) & torch.isfinite(self.grad_norm)
+        self.bad_step = torch.where(finite | (self.bad_step >= 0), self.bad_step, self.step)
+        if self.runtime.device == "cpu":
+            self.check_finite()
+        self.optimiser.step()
+        self.average.update_parameters(self.network)
+        self.step += 1
+
+    def check_finite(self) -> None:
+        """Stop if the loss or a gradient was not a number at any step so far.
+
+        Raises:
+            TrainingError: it was.
+        """
+        if (bad := int(self.bad_step)) >= 0:
+            raise TrainingError(
+                f"the loss or a gradient is not a number at step {bad} (seed {self.config.seed}); lower"
+                " training.learning_rate or training.max_grad_norm, or use training.precision=float32"
+            )
+
+    def metrics(self) -> dict[str, Any]:
+        """The line for this step: loss averaged over the workers, rate, gradient norm."""
+        self.check_finite()
+        return {
+            "step": self.step,
+            "loss": float(self.runtime.reduce_mean(self.loss)),
+            "learning_rate": learning_rate(self.step - 1, self.config.training),
+            "grad_norm": float(self.grad_norm),
+        }
+
+    @torch.no_grad()
+    def held_out_loss(self, held_out: HeldOut) -> float:
+        """Denoising loss of the averaged weights on held-out normals, each at its own fixed step and noise."""
+        network = self.average.module.eval()
+        rank, world, total = self.runtime.rank, self.runtime.world_size, len(held_out.ids)
+        sums = torch.zeros(2, dtype=torch.float64)
+        for start in range(0, total, 64):
+            rows = [i for i in range(start, min(start + 64, total)) if i % world == rank]
+            if not rows:
+                continue
+            latents = self.space.encode(held_out.images[rows].to(self.runtime.device))
+            keys = [("held-out", self.config.seed, held_out.ids[i]) for i in rows]
+            spread = torch.tensor([(i + 0.5) / total for i in rows], dtype=torch.float64)
+            t = (spread * len(self.schedule)).long()  # evenly over the steps, so that the loss is comparable
+            loss = self._denoise(network, latents, t, keys, held_out.labels[rows])
+            sums += torch.tensor([float(loss.double().sum()), len(rows)], dtype=torch.float64)
+        sums = self.runtime.reduce_mean(sums.to(self.runtime.device)).cpu()
+        return float(sums[0] / sums[1])
+
+    def write(self, path: Path) -> None:
+        """The checkpoint: the averaged weights as an uncalibrated artefact, and the state to resume from."""
+        detector = DiffusionDetector(
+            config=self.config, provenance=self.provenance, network=self.average.module, space=self.space,
+            scorer=cast(Any, None),
+        )  # fmt: skip
+        state = {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        state["average.n_averaged"] = self.average.n_averaged
+        for index, values in self.optimiser.state_dict()["state"].items():
+            state |= {f"optimiser.{index}.{k}": torch.as_tensor(v) for k, v in values.items()}
+        position = {"step": self.step, "world_size": self.runtime.world_size, "digest": self.config.digest()}
+        extra = {"training.safetensors": encode_tensors(state), "training.json": encode_json(position)}
+        write_folder(path, "checkpoint", detector.files() | extra)
+
+    def resume(self, path: Path) -> None:
+        """Take over a checkpoint's state.
+
+        Raises:
+            ArtifactError: it is damaged, or belongs to another config.
+        """
+        folder = read_folder(path)
+        if folder.kind != "checkpoint":
+            raise ArtifactError(f"{path}: is an artefact, not a checkpoint; resume from the run folder")
+        position = folder.json("training.json")
+        if position["digest"] != self.config.digest():
+            raise ArtifactError(
+                f"{path}: was written by a run with another config; resume with that run's config.yaml, or start anew"
+            )
+        state = folder.tensors("training.safetensors")
+        self.network.load_state_dict(_below("network.", state))
+        weights = _below("denoiser.", folder.tensors("weights.safetensors"))
+        self.average.module.load_state_dict(weights)
+        self.average.n_averaged.copy_(state["average.n_averaged"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in _below("optimiser.", state).items():
+            index, key = name.split(".", 1)
+            moments.setdefault(int(index), {})[key] = value
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
+        self.step = int(position["step"])
+
+    def _loss(self, batch: TrainingBatch) -> Tensor:
+        """Mean loss of a batch with each image's own noise, step and flip."""
+        config = self.config
+        keys = [(config.seed, int(e), i) for e, i in zip(batch.epochs, batch.ids, strict=True)]
+        images = to_tensor(batch.images)
+        if config.training.horizontal_flip:
+            flip = torch.tensor([keyed_seed("flip", *key) % 2 == 1 for key in keys])
+            images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+        latents = self.space.encode(images.to(self.runtime.device))
+        t = torch.tensor([keyed_seed("step", *key) % len(self.schedule) for key in keys])
+        labels = torch.as_tensor(batch.labels)
+        if self.num_classes is not None:
+            dropped = [keyed_seed("label", *key) % 10**6 < 10**6 * config.objective.condition_dropout for key in keys]
+            labels = torch.where(torch.tensor(dropped), self.num_classes, labels)
+        autocast = torch.autocast(self.runtime.device.split(":")[0], torch.bfloat16)
+        with autocast if config.training.precision == "bfloat16" else nullcontext():
+            return self._denoise(self.forward, latents, t, [("noise", *key) for key in keys], labels).mean()
+
+    def _denoise(
+        self, network: nn.Module, latents: Tensor, t: Tensor, keys: Sequence[tuple[str | int, ...]], labels: Tensor
+    ) -> Tensor:
+        """Weighted loss per image, (B,)."""
+        device, objective = self.runtime.device, self.config.objective
+        noise = torch.empty_like(latents)
+        for row, key in zip(noise, keys, strict=True):
+            row.normal_(generator=self.generator.manual_seed(keyed_seed(*key)))
+        x_t = self.schedule.add_noise(latents, t, noise)
+        if self.config.training.channels_last:
+            x_t = x_t.contiguous(memory_format=torch.channels_last)
+        condition = None if self.num_classes is None else labels.to(device)
+        output = network(x_t, t.to(device), condition)
+        weights = loss_weights(
+            self.schedule, t, objective.prediction_type, objective.loss_weighting, objective.min_snr_gamma
+        )
+        wanted = target(self.schedule, latents, t, noise, objective.prediction_type)
+        return diffusion_loss(output, wanted, weights.to(device))
+
+    def _no_sync(self) -> AbstractContextManager[Any]:
+        no_sync = getattr(self.wrapped, "no_sync", None)
+        return no_sync() if no_sync is not None else nullcontext()
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _split(batch: TrainingBatch, parts: int) -> list[TrainingBatch]:
+    """The batch in ``parts`` equal pieces, in order."""
+    size = len(batch.ids) // parts
+    cuts = [slice(i * size, (i + 1) * size) for i in range(parts)]
+    return [TrainingBatch(batch.ids[c], batch.epochs[c], batch.images[c], batch.labels[c]) for c in cuts]
