@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raydiff.config import ExperimentConfig
+from raydiff.datasets.cifar10 import CLASSES, Options, build
+from raydiff.errors import ConfigError, DataError
+from raydiff.images import ImageSpec, decode
+
+SPEC = ImageSpec((32, 32), 3, "strict")
+BATCHES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
+
+
+def write(path: Path, content: Any, protocol: int = 2) -> None:
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+
+
+@pytest.fixture(params=[2, 4])
+def batches(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The official layout with ten images a batch, by an old and a new pickle protocol."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in BATCHES:
+        data = rng.integers(0, 256, (10, 3072), dtype=np.uint8)
+        write(folder / name, {b"data": data, b"labels": [*range(10)], b"batch_label": name.encode()}, request.param)
+    names = [name.encode() for name in CLASSES]
+    write(folder / "batches.meta", {b"label_names": names, b"num_cases_per_batch": 10, b"num_vis": 3072}, request.param)
+    return folder
+
+
+def test_one_class_protocol(batches: Path) -> None:
+    data = build(Options(source=str(batches.parent), normal=("cat", "dog")))
+    entries = data.entries()
+    train = [entry for entry in entries if entry.split == "train"]
+    test = [entry for entry in entries if entry.split == "test"]
+    assert [entry.image_id for entry in train[:3]] == ["data_batch_1/00003", "data_batch_1/00005", "data_batch_2/00003"]
+    assert len(train) == 10
+    assert not any(entry.is_anomaly for entry in train)
+    assert [entry.class_name for entry in test] == list(CLASSES)
+    assert [entry.is_anomaly for entry in test] == [name not in ("cat", "dog") for name in CLASSES]
+    assert test[3].defect == "good"
+    assert test[4].defect == "deer"
+
+
+def test_pixels_are_planes_of_red_green_and_blue(batches: Path) -> None:
+    data = build(Options(source=str(batches), normal=("cat",)))
+    stored = pickle.loads((batches / "data_batch_2").read_bytes())[b"data"][3]
+    entry = next(entry for entry in data.entries() if entry.image_id == "data_batch_2/00003")
+    content, mask = data.read(entry)
+    pixels = decode(content, SPEC, "a")
+    assert mask is None
+    assert pixels[4, 7].tolist() == [stored[plane * 1024 + 4 * 32 + 7] for plane in range(3)]
+
+
+def test_missing_files_are_listed(batches: Path) -> None:
+    (batches / "data_batch_3").unlink()
+    (batches / "batches.meta").unlink()
+    with pytest.raises(
+        DataError, match=r"cifar-10-batches-py: lacks data_batch_3, batches.meta; unpack cifar-10-python"
+    ):
+        build(Options(source=str(batches)))
+
+
+def test_a_short_batch_is_counted(batches: Path) -> None:
+    write(batches / "data_batch_4", {b"data": np.zeros((9, 3072), dtype=np.uint8), b"labels": [0] * 9})
+    with pytest.raises(DataError, match=r"data_batch_4: holds 9 images, expected 10"):
+        build(Options(source=str(batches)))
+
+
+def test_a_truncated_batch_is_named(batches: Path) -> None:
+    content = (batches / "data_batch_4").read_bytes()
+    (batches / "data_batch_4").write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=r"data_batch_4: is truncated or not a CIFAR-10 batch \(.*\); unpack"):
+        build(Options(source=str(batches)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "is not a CIFAR-10 batch"),
+        ({b"labels": [0]}, "has no 'data'"),
+        ({b"data": np.zeros((1, 3071), dtype=np.uint8), b"labels": [0]}, "data is not a uint8 array of n x 3072"),
+        ({b"data": np.zeros((1, 3072), dtype=np.uint8), b"labels": [0, 1]}, "another number of labels"),
+        ({b"data": np.zeros((1, 3072), dtype=np.uint8), b"labels": [10]}, "has the label 10; labels are 0 to 9"),
+    ],
+)
+def test_another_content_is_refused(batches: Path, content: Any, message: str) -> None:
+    write(batches / "test_batch", content)
+    with pytest.raises(DataError, match=f"test_batch: .*{message}"):
+        build(Options(source=str(batches)))
+
+
+def test_other_class_names_are_refused(batches: Path) -> None:
+    write(batches / "batches.meta", {b"label_names": [b"x"], b"num_cases_per_batch": 10})
+    with pytest.raises(DataError, match=r"batches.meta: names the classes x; expected airplane, "):
+        build(Options(source=str(batches)))
+
+
+class _Hostile:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_cannot_run_code(batches: Path) -> None:
+    victim = batches.parent / "ran"
+    write(batches / "data_batch_1", {b"data": _Hostile(victim), b"labels": []})
+    with pytest.raises(DataError, match=r"data_batch_1: .*asks for posix.mkdir, which is not allowed"):
+        build(Options(source=str(batches)))
+    assert not victim.exists()
+
+
+def test_an_unknown_class_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'lorry' is no class of CIFAR-10; there are: airplane"):
+        ExperimentConfig().override({"data.dataset": {"name": "cifar10", "source": "x", "normal": ["lorry"]}})
+
+
+@pytest.mark.shared
+def test_the_whole_of_cifar10(shared_data: Path) -> None:
+    if not (shared_data / "cifar-10-batches-py").is_dir():
+        pytest.skip("RAYDIFF_DATA has no cifar-10-batches-py")
+    data = build(Options(source=str(shared_data), normal=("ship",)))
+    entries = data.entries()
+    assert len(entries) == 15_000
+    assert sum(entry.is_anomaly for entry in entries) == 9_000
+    content, _ = data.read(entries[-1])
+    assert decode(content, SPEC, "a").std() > 5
