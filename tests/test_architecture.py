@@ -2,8 +2,10 @@
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -47,6 +49,15 @@ def test_imports_go_one_way():
     command = [Path(sys.executable).parent / "lint-imports", "--no-cache", "--config", ROOT / "pyproject.toml"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_every_module_has_a_layer():
+    """A module that no layer names would obey no rule."""
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    layered = set(re.findall(r"raydiff\.\w+", " ".join(contract["layers"])))
+    modules = {f"raydiff.{path.stem}" for path in PACKAGE.iterdir()
+               if (path.suffix == ".py" and path.stem != "__init__") or (path / "__init__.py").is_file()}  # fmt: skip
+    assert modules == layered
 
 
 ALLOWED = {
@@ -220,7 +231,8 @@ from raydiff.training import HeldOut, train
 run = Path("run")
 config = ExperimentConfig().override(
     {"training.num_steps": 12, "training.batch_size": 16, "training.warmup_steps": 2,
-     "schedule.num_train_timesteps": 50, "denoiser.block_out_channels": [8, 16], "denoiser.norm_num_groups": 4, "scoring.num_inference_steps": 3})
+     "schedule.num_train_timesteps": 50, "scoring.num_inference_steps": 3,
+     "denoiser.block_out_channels": [8, 16], "denoiser.norm_num_groups": 4})
 images = small_images(96, seed=0)
 pixels, names = to_uint8(images), [f"image-{i}" for i in range(96)]
 
