@@ -8,17 +8,10 @@ leave out anomalous images whose mask is empty: nobody has said where their defe
 from __future__ import annotations
 
 import heapq
-import os
-import platform
-import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from functools import cache
-from importlib import metadata
-from pathlib import Path
 from typing import IO, Any, Literal
 
 import numpy as np
@@ -30,19 +23,19 @@ from raydiff.contracts import Prediction
 from raydiff.core.calibration import Calibration
 from raydiff.core.metrics import NUM_DRAWS, Estimate, check_scores, image_metrics, pixel_metrics, proportion
 from raydiff.detector import Detector
-from raydiff.errors import NotCalibratedError, ScoreError, StorageError
+from raydiff.errors import DataError, NotCalibratedError, ScoreError, StorageError
 from raydiff.heatmap import overlay
 from raydiff.images import encode_png, to_tensor, to_uint8
+from raydiff.provenance import hardware, source_commit, versions
 from raydiff.results import Evaluation, Picture, Predictions, Result, run_id
 from raydiff.shards import LabelledImages, ShardSet
 
-__all__ = ["Progress", "dataset_name", "evaluate", "hardware", "predict_named", "versions"]
+__all__ = ["Progress", "dataset_name", "evaluate", "predict_named"]
 
 Progress = Callable[[int, int], None]
 """Called with the images done and the images in all."""
 
 _ALONE_IMAGES, _ALONE_SECONDS = 16, 2.0
-_PACKAGES = ("raydiff", "torch", "diffusers", "timm", "scikit-learn", "pyod", "numpy", "ray")
 
 
 def evaluate(
@@ -81,12 +74,13 @@ def evaluate(
     with _Maps(detector.config.data.image_size) as maps:
         run = _Run(detector, maps, num_pictures)
         total = shards.count("test")
-        for batch in shards.read("test", detector.image_spec, batch_size=size):
+        bad = detector.config.data.on_bad_image
+        for batch in shards.read("test", detector.image_spec, batch_size=size, on_bad_image=bad):
             run.add(batch)
             if progress is not None:
                 progress(len(run.ids), total)
         predictions = run.predictions()
-        check_scores(predictions.scores, predictions.labels, predictions.ids)
+        _check_kinds(predictions, shards)
         common = _common(detector, shards, dataset, calibration, command) | {
             "ms_per_image": run.ms_per_image, "ms_per_image_alone": run.ms_per_image_alone, "batch_size": size,
         }  # fmt: skip
@@ -101,14 +95,24 @@ def evaluate(
     return Evaluation(rows, predictions, _pictures(detector, run.worst.chosen(), size))
 
 
-def predict_named(detector: Detector, images: Tensor, names: Sequence[str]) -> Prediction:
-    """``detector.predict``, with the image named when its score is not finite.
+def _check_kinds(predictions: Predictions, shards: ShardSet) -> None:
+    num_anomalous = int(predictions.labels.sum())
+    if num_anomalous in (0, len(predictions)):
+        raise DataError(
+            f"{shards.uri}: the test split has {len(predictions) - num_anomalous} normal and {num_anomalous} anomalous"
+            f" images; a metric needs both kinds"
+        )
+    check_scores(predictions.scores, predictions.labels, predictions.ids)
+
+
+def predict_named(detector: Detector, images: Tensor, names: Sequence[str], *, explain: bool = False) -> Prediction:
+    """``detector.predict`` or ``explain``, with the image named when its score is not finite.
 
     Raises:
         ScoreError: names the first such image.
     """
     try:
-        return detector.predict(images)
+        return detector.explain(images) if explain else detector.predict(images)
     except ScoreError:
         for image, name in zip(images, names, strict=True):
             try:
@@ -149,7 +153,7 @@ class _Maps:
                 file.flush()
         except OSError as error:
             raise StorageError(
-                f"{tempfile.gettempdir()}: cannot keep the anomaly maps ({error.strerror}); set TMPDIR to a roomier place"
+                f"{tempfile.gettempdir()}: cannot keep the anomaly maps ({error.strerror}); set TMPDIR to another place"
             ) from error
         self.count += len(maps)
 
@@ -257,11 +261,11 @@ def _time_alone(detector: Detector, batch: LabelledImages) -> float:
 
 
 def _synchronise(detector: Detector) -> None:
-    if device_of(detector).startswith("cuda"):
+    if _device_of(detector).startswith("cuda"):
         torch.cuda.synchronize()
 
 
-def device_of(detector: Detector) -> str:
+def _device_of(detector: Detector) -> str:
     """Where the detector's network runs."""
     return str(getattr(detector, "device", "cpu"))
 
@@ -322,10 +326,10 @@ def _common(
         "threshold": threshold.value,
         "target_fpr": threshold.target_fpr,
         "num_evaluations": detector.num_evaluations,
-        "device": device_of(detector),
-        "hardware": hardware(device_of(detector)),
+        "device": _device_of(detector),
+        "hardware": hardware(_device_of(detector)),
         "versions": versions(),
-        "commit": _commit(),
+        "commit": source_commit(),
         "command": command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "config_digest": digest,
@@ -356,44 +360,3 @@ def _pictures(
                 )
             )  # fmt: skip
     return pictures
-
-
-@cache
-def hardware(device: str) -> str:
-    """The processor, its usable cores and the threads torch uses; the GPU where one is used."""
-    if device.startswith("cuda"):
-        return str(torch.cuda.get_device_name(torch.device(device)))
-    model = platform.processor() or platform.machine()
-    if (cpuinfo := Path("/proc/cpuinfo")).exists():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{model}, {cores} cores, {torch.get_num_threads()} threads"
-
-
-@cache
-def versions() -> dict[str, str]:
-    """Python and the libraries that can move a number."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # not installed here
-            continue
-    return found
-
-
-@cache
-def _commit() -> str | None:
-    """The source's commit, with "+ changes" where the tree differs from it; None outside a repository."""
-    git, folder = shutil.which("git"), Path(__file__).parent
-    if git is None or not (folder.parent / ".git").exists():
-        return None
-
-    def ask(*arguments: str) -> str:
-        return subprocess.run(
-            [git, "-C", folder, *arguments], capture_output=True, text=True, check=False
-        ).stdout.strip()
-
-    commit = ask("rev-parse", "--short=12", "HEAD")
-    return (commit + (" + changes" if ask("status", "--porcelain", "--", ".") else "")) or None

@@ -126,11 +126,7 @@ def roc_curve(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, Floats]:
 
 
 def proportion(successes: int, total: int, confidence: float = 0.95) -> Estimate:
-    """A share with its exact binomial interval (Clopper and Pearson 1934).
-
-    Raises:
-        DataError: ``total`` is 0.
-    """
+    """A share with its exact binomial interval (Clopper and Pearson 1934); DataError if ``total`` is 0."""
     if total < 1 or not 0 <= successes <= total:
         raise DataError(f"{successes} of {total} is no share; give at least one image")
     tail = (1 - confidence) / 2
@@ -179,8 +175,9 @@ def paired_differences(
 
 
 def pixel_metrics(
-    maps: NDArray[np.floating], masks: Bools, *, num_draws: int = NUM_DRAWS, seed: int = 0, chunk: int = 32
-) -> dict[str, Estimate]:
+    maps: NDArray[np.floating], masks: Bools, *, images: Sequence[int] | None = None,
+    num_draws: int = NUM_DRAWS, seed: int = 0, chunk: int = 32,
+) -> dict[str, Estimate]:  # fmt: skip
     """Every name in ``PIXEL_METRICS``, exact on all distinct scores, with intervals over drawn images.
 
     ``aupro`` is the per-region overlap (Bergmann et al. 2021, doi:10.1007/s11263-020-01400-4, section 5.2): the mean
@@ -190,7 +187,8 @@ def pixel_metrics(
 
     Args:
         maps: (n, H, W); may be a ``numpy.memmap``.
-        masks: (n, H, W), True is anomalous; all False for a normal image.
+        masks: (n, H, W), True is anomalous; all False for a normal image. May be a ``numpy.memmap``.
+        images: indices of the maps to measure on; all of them by default.
         num_draws, seed: of the bootstrap over images, those with and without anomalous pixels drawn apart.
         chunk: maps held in memory at a time.
 
@@ -201,10 +199,11 @@ def pixel_metrics(
     """
     if maps.ndim != 3 or maps.shape != masks.shape:
         raise ShapeError(f"maps are {maps.shape} and masks {masks.shape}; both must be (n, H, W)")
-    found = _Anomalous.collect(maps, masks)
+    images = range(len(maps)) if images is None else images
+    found = _Anomalous.collect(maps, masks, images)
     thresholds, tp, overlap = found.cumulate()
     edges = thresholds[np.linspace(0, len(thresholds) - 1, min(_NUM_EDGES, len(thresholds))).round().astype(int)]
-    at_least, above, binned_fp = _count_normal(maps, masks, thresholds, edges, chunk)
+    at_least, above, binned_fp = _count_normal(maps, masks, images, thresholds, edges, chunk)
     # Two points per threshold: before and after its own pixels, so that a tie is a slope and not a step.
     fp = np.stack([above, at_least], axis=1).reshape(1, -1)
     tp, overlap = (np.stack([np.r_[0.0, y[:-1]], y], axis=1).reshape(1, -1) for y in (tp, overlap))
@@ -299,8 +298,7 @@ def _area_up_to(x: Floats, y: Floats, limit: float) -> Floats:
     x0, width = np.minimum(x[:, :-1], limit), np.diff(x, axis=1)
     cut = np.minimum(x[:, 1:], limit) - x0
     share = np.divide(cut, width, out=np.zeros_like(width), where=width > 0)
-    y0, rise = y[:, :-1], np.diff(y, axis=1)
-    return np.asarray((cut * (y0 + 0.5 * share * rise)).sum(axis=1))
+    return np.asarray((cut * (y[:, :-1] + 0.5 * share * np.diff(y, axis=1))).sum(axis=1))
 
 
 def _estimate(value: float, draws: Sequence[Floats], *, centre: bool = False) -> Estimate:
@@ -319,29 +317,27 @@ class _Anomalous:
     """The anomalous pixels of all maps: score, image and 1 / size of the region each lies in."""
 
     scores: NDArray[np.floating]
-    image: NDArray[np.int64]
+    row: NDArray[np.int64]
     weight: Floats
     num_regions: NDArray[np.int64]  # (n,)
     num_normal: int
 
     @staticmethod
-    def collect(maps: NDArray[np.floating], masks: Bools) -> _Anomalous:
-        scores, image, weight = [], [], []
-        num_regions = np.zeros(len(maps), dtype=np.int64)
-        for i, mask in enumerate(masks):
-            if mask.any():
-                regions, num_regions[i] = ndimage.label(mask, structure=np.ones((3, 3)))
+    def collect(maps: NDArray[np.floating], masks: Bools, images: Sequence[int]) -> _Anomalous:
+        scores, row, weight = [], [], []
+        num_regions, size = np.zeros(len(images), dtype=np.int64), len(images) * masks[0].size
+        for k, i in enumerate(images):
+            if (mask := np.asarray(masks[i])).any():
+                regions, num_regions[k] = ndimage.label(mask, structure=np.ones((3, 3)))
                 region = regions[mask]
                 scores.append(np.asarray(maps[i])[mask])
                 weight.append(1.0 / np.bincount(region)[region])
-                image.append(np.full(len(region), i))
+                row.append(np.full(len(region), k))
         num_anomalous = sum(len(part) for part in scores)
-        if num_anomalous in (0, masks.size):
-            raise DataError(f"{num_anomalous} of {masks.size} pixels are anomalous; a pixel metric needs both kinds")
-        return _Anomalous(
-            np.concatenate(scores), np.concatenate(image), np.concatenate(weight), num_regions,
-            masks.size - num_anomalous,
-        )  # fmt: skip
+        if num_anomalous in (0, size):
+            raise DataError(f"{num_anomalous} of {size} pixels are anomalous; a pixel metric needs both kinds")
+        pixels, rows, weights = (np.concatenate(part) for part in (scores, row, weight))
+        return _Anomalous(pixels, rows, weights, num_regions, size - num_anomalous)
 
     def cumulate(self) -> tuple[NDArray[np.floating], Floats, Floats]:
         """Distinct thresholds (K,), descending; anomalous pixels and mean region overlap (K,) at or above each."""
@@ -355,26 +351,27 @@ class _Anomalous:
         """Anomalous pixels and summed region overlap (n, Q) at or above each edge."""
         shape = (len(self.num_regions), len(edges))
         first_edge = len(edges) - np.searchsorted(edges[::-1], self.scores, side="right")
-        cell = self.image * (len(edges) + 1) + first_edge
+        cell = self.row * (len(edges) + 1) + first_edge
         tallies = (np.bincount(cell, weights, minlength=shape[0] * (shape[1] + 1)) for weights in (None, self.weight))
-        tp, overlap = (np.cumsum(t.reshape(shape[0], -1)[:, :-1], axis=1, dtype=np.float64) for t in tallies)
-        return tp, overlap
+        counts = [np.cumsum(t.reshape(shape[0], -1)[:, :-1], axis=1, dtype=np.float64) for t in tallies]
+        return counts[0], counts[1]
 
 
 def _count_normal(
-    maps: NDArray[np.floating], masks: Bools, thresholds: NDArray[np.floating], edges: NDArray[np.floating], chunk: int
-) -> tuple[Floats, Floats, Floats]:
+    maps: NDArray[np.floating], masks: Bools, images: Sequence[int],
+    thresholds: NDArray[np.floating], edges: NDArray[np.floating], chunk: int,
+) -> tuple[Floats, Floats, Floats]:  # fmt: skip
     """Normal pixels at or above, and above, each threshold (K,); and at or above each edge, per image (n, Q)."""
     at_least, above = np.zeros(len(thresholds)), np.zeros(len(thresholds))
-    per_image = np.zeros((len(maps), len(edges) + 1))
-    for start in range(0, len(maps), chunk):
+    per_image = np.zeros((len(images), len(edges) + 1))
+    for start in range(0, len(images), chunk):
         pixels = []
-        for i in range(start, min(start + chunk, len(maps))):
+        for k, i in enumerate(images[start : start + chunk], start):
             normal = np.sort(np.asarray(maps[i])[~masks[i]])
             if not np.isfinite(maps[i]).all():
                 raise ScoreError(f"map {i} holds NaN or an infinite value; look at the image it belongs to")
-            per_image[i, :-1] = len(normal) - np.searchsorted(normal, edges, side="left")
-            per_image[i, -1] = len(normal)
+            per_image[k, :-1] = len(normal) - np.searchsorted(normal, edges, side="left")
+            per_image[k, -1] = len(normal)
             pixels.append(normal)
         ranked = np.sort(np.concatenate(pixels))
         at_least += len(ranked) - np.searchsorted(ranked, thresholds, side="left")

@@ -259,3 +259,12 @@ def test_pixel_metrics_refuse_what_they_cannot_measure():
     masks[0, 0, 0], maps[1, 2, 2] = True, np.nan
     with pytest.raises(ScoreError, match="map 1"):
         metrics.pixel_metrics(maps, masks)
+
+
+def test_pixel_metrics_on_chosen_images_are_those_of_these_images_alone():
+    rng = np.random.default_rng(5)
+    masks = rng.random((6, 8, 8)) < 0.1
+    maps = rng.normal(size=masks.shape) + masks
+    chosen = [4, 1, 2]
+    alone = metrics.pixel_metrics(maps[chosen], masks[chosen], num_draws=30)
+    assert metrics.pixel_metrics(maps, masks, images=chosen, num_draws=30) == alone
