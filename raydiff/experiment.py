@@ -12,9 +12,7 @@ A run is a folder::
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from raydiff.config import ExperimentConfig, component_options, load_config
 from raydiff.detector import BaselineDetector, Detector, load_detector
 from raydiff.errors import ConfigError, DataError, StorageError
 from raydiff.images import ImageSpec, to_tensor
+from raydiff.provenance import versions
 from raydiff.runtime import CHECKPOINTS, LocalRuntime
 from raydiff.shards import ShardSet, TrainingBatch, TrainingOrder, cached_stream
 from raydiff.tracking import MetricsLog
@@ -103,16 +102,16 @@ def held_out_images(config: ExperimentConfig, shards: ShardSet) -> HeldOut:
 
 
 def provenance_of(shards: ShardSet) -> dict[str, Any]:
-    """What an artefact says about its origin: classes, data digest, versions. No time, so that bytes repeat."""
-    packages = ("raydiff", "torch", "diffusers", "ray", "scikit-learn", "pyod")
+    """What an artefact says about its origin: classes, data digest, versions. No time, so that bytes repeat.
+
+    It looks at the training and calibration splits alone: no test label can change a byte of an artefact.
+    """
     return {
         "num_classes": len(shards.normal_classes),
         "normal_classes": list(shards.normal_classes),
-        "data_digest": shards.digest,
+        "data_digest": shards.normal_digest,
         "num_train_images": shards.count("train"),
-        "num_skipped_images": len(shards.skipped),
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in packages},
+        "versions": versions(),
     }
 
 
@@ -167,7 +166,7 @@ def finish(run_dir: Path, checkpoint: Path, shards: ShardSet, *, device: str = "
 def calibrated(detector: Detector, shards: ShardSet) -> Detector:
     """The detector with a threshold from the calibration split, which holds normal images alone."""
     batches = split_batches(shards, "calibration", detector.config)
-    return detector.calibrate(batches, data_digest=shards.digest)
+    return detector.calibrate(batches, data_digest=shards.normal_digest)
 
 
 def fit_baselines(config: ExperimentConfig, shards: ShardSet, names: Sequence[str]) -> Iterator[Detector]:

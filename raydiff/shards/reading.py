@@ -122,6 +122,13 @@ class ShardSet:
         return tuple(skipped for record in self.records for skipped in record.skipped)
 
     @property
+    def normal_digest(self) -> str:
+        """Like ``digest``, over the training and calibration splits alone: no test label can change it."""
+        normal = [record for record in self.records if record.split != "test"]
+        total = sum(int(record.content, 16) for record in normal) % 2**256
+        return hashlib.sha256(f"{total:064x} {sum(record.rows for record in normal)}".encode()).hexdigest()
+
+    @property
     def has_masks(self) -> bool:
         """Whether every anomalous image has a mask."""
         anomalies = sum(record.anomalies for record in self.records)

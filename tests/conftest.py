@@ -1,0 +1,63 @@
+"""Small real things that many tests use: digits in shards, and a detector trained on them for a few seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from raydiff.config import ExperimentConfig
+from raydiff.detector import DiffusionDetector
+from raydiff.experiment import fit_locally, split_batches
+from raydiff.shards import ShardSet, write_shards
+
+torch.set_num_threads(1)
+
+TINY = {
+    "denoiser.block_out_channels": [8, 16],
+    "denoiser.attention_levels": [],
+    "training.num_steps": 24,
+    "training.batch_size": 16,
+    "training.warmup_steps": 4,
+    "training.ema_decay": 0.9,
+    "training.checkpoint_every": 8,
+    "training.validate_every": 12,
+    "training.log_every": 4,
+    "scoring.blur": 0.5,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> ExperimentConfig:
+    """Digits, a U-Net of 20,000 weights, 24 steps."""
+    return ExperimentConfig().override(TINY)
+
+
+@pytest.fixture(scope="session")
+def digit_shards(tiny_config: ExperimentConfig, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    return write_shards(tiny_config.data, str(tmp_path_factory.mktemp("digits") / "shards"))
+
+
+@pytest.fixture(scope="session")
+def run_dir(tiny_config: ExperimentConfig, digit_shards: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run: checkpoints, metrics and the calibrated artefact."""
+    path = tmp_path_factory.mktemp("run")
+    fit_locally(tiny_config, path, digit_shards)
+    return path
+
+
+@pytest.fixture(scope="session")
+def detector(run_dir: Path) -> DiffusionDetector:
+    from raydiff.detector import load_detector
+
+    loaded = load_detector(run_dir / "artifact")
+    assert isinstance(loaded, DiffusionDetector)
+    return loaded
+
+
+@pytest.fixture(scope="session")
+def digit_images(tiny_config: ExperimentConfig, digit_shards: ShardSet) -> Tensor:
+    """Twenty test images, float32 (20, 1, 8, 8) in [-1, 1]."""
+    return next(split_batches(digit_shards, "test", tiny_config))[:20]
