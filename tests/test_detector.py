@@ -87,7 +87,9 @@ def test_save_and_load_are_exact(any_detector: Detector, digit_images: Tensor, t
     assert loaded.save(tmp_path / "b").artifact_digest == saved.artifact_digest, "saving again gives the same bytes"
 
 
-def test_another_process_gives_the_same_scores(run_dir: Path, detector: DiffusionDetector, digit_images: Tensor) -> None:
+def test_another_process_gives_the_same_scores(
+    run_dir: Path, detector: DiffusionDetector, digit_images: Tensor
+) -> None:
     script = f"""
 import json, torch
 from raydiff import load_detector
@@ -95,7 +97,11 @@ images = torch.tensor(json.loads(input()))
 print(json.dumps(load_detector({str(run_dir / "artifact")!r}).score(images).image.tolist()))
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], input=json.dumps(digit_images.tolist()), capture_output=True, text=True, check=True
+        [sys.executable, "-c", script],
+        input=json.dumps(digit_images.tolist()),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert json.loads(done.stdout) == detector.score(digit_images).image.tolist()
 

@@ -1,0 +1,240 @@
+"""Contracts 6 and 7 in one process: exact resume, nothing depends on what ran before, clear ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raydiff.artifact import read_folder
+from raydiff.config import ExperimentConfig
+from raydiff.detector import load_detector
+from raydiff.errors import ArtifactError, NotCalibratedError, TrainingError
+from raydiff.experiment import cached, fit_locally, held_out_images
+from raydiff.runtime import CHECKPOINTS, LocalRuntime
+from raydiff.shards import ShardSet, TrainingBatch
+from raydiff.tracking import read_metrics
+from raydiff.training import Stream, learning_rate, train
+
+
+def run(config: ExperimentConfig, shards: ShardSet, path: Path, stream: Stream | None = None) -> list[dict[str, Any]]:
+    """Train with a local runtime; the metrics in order."""
+    lines: list[dict[str, Any]] = []
+    runtime = LocalRuntime(path, on_metrics=lambda line: lines.append(dict(line)))
+    train(config, stream or cached(config, shards), held_out_images(config, shards), runtime, num_classes=1)
+    return lines
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    """The averaged weights and the whole training state of the newest checkpoint."""
+    newest = sorted((path / CHECKPOINTS).iterdir())[-1]
+    folder = read_folder(newest)
+    return folder.tensors("weights.safetensors") | folder.tensors("training.safetensors")
+
+
+def same(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def breaking_at(stream: Stream, step: int) -> Stream:
+    """The stream of a run that is interrupted before optimiser step ``step``."""
+
+    def interrupted(start: int) -> Iterator[TrainingBatch]:
+        for number, batch in enumerate(stream(start), start):
+            if number == step:
+                raise KeyboardInterrupt
+            yield batch
+
+    return interrupted
+
+
+def test_learning_rate_warms_up_and_falls(tiny_config: ExperimentConfig) -> None:
+    settings = tiny_config.training
+    rates = [learning_rate(step, settings) for step in range(settings.num_steps)]
+    peak = rates.index(max(rates))
+    assert peak in (settings.warmup_steps - 1, settings.warmup_steps)
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[-1] < 0.05 * settings.learning_rate
+    constant = settings.model_copy(update={"lr_schedule": "constant"})
+    assert learning_rate(settings.num_steps - 1, constant) == settings.learning_rate
+
+
+def test_it_learns(tiny_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path) -> None:
+    config = tiny_config.override({"training.num_steps": 60, "training.validate_every": 10})
+    losses = [line["held_out_loss"] for line in run(config, digit_shards, tmp_path) if "held_out_loss" in line]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "extra", [{}, {"denoiser.dropout": 0.2, "training.horizontal_flip": True}], ids=["plain", "dropout"]
+)
+def test_interrupted_and_resumed_equals_uninterrupted(
+    tiny_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path, extra: dict[str, Any]
+) -> None:
+    config = tiny_config.override(extra)
+    run(config, digit_shards, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, digit_shards, tmp_path / "cut", breaking_at(cached(config, digit_shards), 13))
+    torch.rand(17)  # what else happens in between does not matter
+    lines = run(config, digit_shards, tmp_path / "cut")
+    assert lines[0] == {"step": 8, "resumed": True}
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+def test_a_finished_run_is_left_alone(tiny_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path) -> None:
+    run(tiny_config, digit_shards, tmp_path)
+    before = weights(tmp_path)
+    assert run(tiny_config, digit_shards, tmp_path) == [{"step": 24, "resumed": True}]
+    assert same(before, weights(tmp_path))
+
+
+def test_metrics_read_as_if_nothing_had_happened(
+    tiny_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path
+) -> None:
+    fit_locally(tiny_config, tmp_path / "whole", digit_shards)
+    (tmp_path / "cut").mkdir()
+    from raydiff.tracking import MetricsLog
+
+    log = MetricsLog(tmp_path / "cut", batch_size=tiny_config.training.batch_size)
+    runtime = LocalRuntime(tmp_path / "cut", on_metrics=log)
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            tiny_config, breaking_at(cached(tiny_config, digit_shards), 15), held_out_images(tiny_config, digit_shards),
+            runtime, num_classes=1,
+        )  # fmt: skip
+    fit_locally(tiny_config, tmp_path / "cut", digit_shards)
+    whole, cut = list(read_metrics(tmp_path / "whole")), list(read_metrics(tmp_path / "cut"))
+    note = [line for line in cut if line.get("resumed")]
+    assert note == [{"step": 8, "resumed": True, "images_repeated": 4 * 16}], "step 12 was logged, 8 was kept"
+    losses = [(line["step"], line["loss"]) for line in whole]
+    assert [(line["step"], line["loss"]) for line in cut if "loss" in line] == losses
+    assert list((tmp_path / "cut" / "tensorboard").glob("events.*"))
+
+
+def test_old_checkpoints_are_pruned(run_dir: Path) -> None:
+    assert sorted(p.name for p in (run_dir / CHECKPOINTS).iterdir()) == ["step-00000016", "step-00000024"]
+
+
+def test_a_checkpoint_is_a_detector_without_a_threshold(run_dir: Path, digit_images: torch.Tensor) -> None:
+    detector = load_detector(run_dir / CHECKPOINTS / "step-00000024")
+    with pytest.raises(NotCalibratedError):
+        detector.predict(digit_images)
+
+
+def test_another_config_cannot_resume(tiny_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path) -> None:
+    run(tiny_config, digit_shards, tmp_path)
+    with pytest.raises(ArtifactError, match="written by a run with another config"):
+        run(tiny_config.override({"training.learning_rate": 0.5}), digit_shards, tmp_path)
+    more_logs = tiny_config.override({"training.log_every": 3})
+    assert run(more_logs, digit_shards, tmp_path)[0]["resumed"], "what cannot move a weight may change"
+
+
+def test_accumulation_changes_memory_not_meaning(
+    tiny_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path
+) -> None:
+    short = tiny_config.override({"training.num_steps": 6, "training.log_every": 1})
+    one = run(short, digit_shards, tmp_path / "1")
+    four = run(short.override({"training.accumulation_steps": 4}), digit_shards, tmp_path / "4")
+    assert [a["loss"] for a in one] == pytest.approx([b["loss"] for b in four], rel=1e-4)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(
+    tiny_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path
+) -> None:
+    """A weight is NaN from step 9 on: the run stops there, and the checkpoint of step 8 is the newest."""
+    networks: list[torch.nn.Module] = []
+
+    class Runtime(LocalRuntime):
+        def wrap(self, network: torch.nn.Module) -> torch.nn.Module:
+            networks.append(network)
+            return network
+
+    def poisoned(start: int) -> Iterator[TrainingBatch]:
+        for number, batch in enumerate(cached(tiny_config, digit_shards)(start), start):
+            if number == 9:
+                next(networks[0].parameters()).data.fill_(float("nan"))
+            yield batch
+
+    with pytest.raises(TrainingError, match=r"not a number at step 9 .*lower training\.learning_rate"):
+        train(tiny_config, poisoned, held_out_images(tiny_config, digit_shards), Runtime(tmp_path), num_classes=1)
+    assert [p.name for p in (tmp_path / CHECKPOINTS).iterdir()] == ["step-00000008"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"objective.prediction_type": "v_prediction", "schedule.rescale_to_zero_terminal_snr": True},
+        {"objective.prediction_type": "sample", "objective.loss_weighting": "min_snr"},
+        {"objective.loss_weighting": "min_snr", "schedule.beta_schedule": "sigmoid"},
+        {"training.precision": "bfloat16", "training.channels_last": True},
+        {"training.ema_decay": 0, "training.lr_schedule": "constant", "training.weight_decay": 0.1},
+    ],
+    ids=lambda options: ",".join(str(value) for value in options.values()),
+)
+def test_options_train(
+    tiny_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    detector = fit_locally(tiny_config.override(options), tmp_path, digit_shards)
+    lines = list(read_metrics(tmp_path))
+    assert lines[-1]["held_out_loss"] > 0
+    assert detector.calibration is not None
+
+
+def test_class_conditional_training_and_scoring(
+    tiny_config: ExperimentConfig, tmp_path: Path, digit_images: torch.Tensor
+) -> None:
+    from raydiff.shards import write_shards
+
+    config = tiny_config.override(
+        {"data.dataset.normal": ["0", "8"], "denoiser.class_conditional": True, "scoring.classes": "minimum"}
+    )
+    detector = fit_locally(config, tmp_path / "run", write_shards(config.data, str(tmp_path / "shards")))
+    assert detector.num_evaluations == 16, "eight steps for each of two classes"
+    whole = detector.score(digit_images)
+    assert torch.equal(whole.image[3:4], detector.score(digit_images[3:4]).image)
+
+
+def test_full_disk_during_a_checkpoint_keeps_the_one_before(
+    tiny_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path
+) -> None:
+    """The kernel refuses files above a limit that is set after the first checkpoint; then the run is resumed."""
+    script = f"""
+import json, resource, signal
+from pathlib import Path
+from raydiff.config import ExperimentConfig
+from raydiff.errors import StorageError
+from raydiff.experiment import cached, held_out_images
+from raydiff.runtime import LocalRuntime
+from raydiff.shards import ShardSet
+from raydiff.training import train
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+config = ExperimentConfig.model_validate(json.loads(input()))
+shards = ShardSet.open({digit_shards.uri!r})
+def filled(line):
+    if line["step"] == 12:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+runtime = LocalRuntime(Path({str(tmp_path / "cut")!r}), on_metrics=filled)
+try:
+    train(config, cached(config, shards), held_out_images(config, shards), runtime, num_classes=1)
+except StorageError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        input=json.dumps(tiny_config.to_dict()),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "step-00000016: cannot be written (File too large); free space" in done.stdout
+    assert [p.name for p in (tmp_path / "cut" / CHECKPOINTS).iterdir()] == ["step-00000008"]
+    run(tiny_config, digit_shards, tmp_path / "whole")
+    assert run(tiny_config, digit_shards, tmp_path / "cut")[0]["step"] == 8
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
