@@ -1,7 +1,7 @@
 """What the pixel baselines share: small images as rows of numbers, and a training sample that is kept to refit from.
 
-No library model here can be written as tensors through a public interface, so the artefact holds the training rows
-and ``load_state`` fits again. The rows are rounded to float32 before the first fit too, so both fits see the same bits.
+A library model that cannot be written as tensors through a public interface is fitted again by ``load_state``, from the
+training rows in the artefact. They are rounded to float32 before the first fit too, so both fits see the same bits.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class PixelBaseline(ABC):
     def __init__(self, options: PixelOptions, *, seed: int) -> None:
         self.seed = seed
         self._options = options
-        self._sample: Tensor | None = None
+        self._sample = torch.empty(0)
         self._image_shape: tuple[int, ...] = ()
 
     def fit(self, images: Tensor) -> None:
@@ -71,8 +71,7 @@ class PixelBaseline(ABC):
         Raises:
             ShapeError: the images have another size or channel count than the training images.
         """
-        if self._sample is None:
-            raise RaydiffError(f"{self._options.name} has learnt nothing yet; call fit or load_state first")
+        self._check_fitted()
         if images.ndim != 4 or tuple(images.shape[1:]) != self._image_shape:
             raise ShapeError(
                 f"images are {tuple(images.shape)}; they must be (B, {', '.join(map(str, self._image_shape))})"
@@ -83,8 +82,7 @@ class PixelBaseline(ABC):
 
     def state(self) -> dict[str, Tensor]:
         """``sample`` float32 (n, D), the training rows, and ``image_shape`` int64 (3,)."""
-        if self._sample is None:
-            raise RaydiffError(f"{self._options.name} has learnt nothing yet; call fit or load_state first")
+        self._check_fitted()
         return {"sample": self._sample, "image_shape": torch.tensor(self._image_shape)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -93,8 +91,7 @@ class PixelBaseline(ABC):
         Raises:
             ArtifactError: a part is missing.
         """
-        if missing := {"sample", "image_shape"} - set(state):
-            raise ArtifactError(f"the state of {self._options.name} has no {sorted(missing)[0]!r}; fit it again")
+        self._check_parts(state, {"sample", "image_shape"})
         self._image_shape = tuple(state["image_shape"].tolist())
         self._sample = state["sample"].float()
         self._learn(self._sample.double().numpy())
@@ -111,6 +108,14 @@ class PixelBaseline(ABC):
     @abstractmethod
     def _score(self, rows: Rows) -> NDArray[np.float64]:
         """(B, D) to (B,), row by row independent, higher is more anomalous."""
+
+    def _check_fitted(self) -> None:
+        if not self._image_shape:
+            raise RaydiffError(f"{self._options.name} has learnt nothing yet; call fit or load_state first")
+
+    def _check_parts(self, state: Mapping[str, Any], names: set[str]) -> None:
+        if missing := names - set(state):
+            raise ArtifactError(f"the state of {self._options.name} has no {sorted(missing)[0]!r}; fit it again")
 
     def _flatten(self, images: Tensor) -> Tensor:
         """(B, C, H, W) to float32 (B, C h w), averaged down where a side is longer than ``max_side``."""
