@@ -51,10 +51,10 @@ class LabelledImages:
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image as a shard holds it: the bytes of a file, or raw uint8 pixels (height, width, channels)."""
+    """An image as a shard holds it: a file, or raw uint8 pixels (height, width, channels); ``content`` is a buffer."""
 
     image_id: str
-    content: bytes
+    content: Any
     format: str
     shape: tuple[int, int, int]
 
@@ -65,7 +65,7 @@ class StoredImage:
             DataError: the file cannot be decoded to the spec, or raw pixels are of another size.
         """
         if self.format != "raw":
-            return decode(self.content, spec, self.image_id)
+            return decode(bytes(self.content), spec, self.image_id)
         if self.shape != (*spec.image_size, spec.channels):
             raise DataError(
                 f"{self.image_id}: the shard holds raw pixels of {_size(self.shape)}, the config asks for "
@@ -288,6 +288,22 @@ class GroupReader:
                 f"{self._storage.label}/{record.name}: the shard cannot be read ({reason}); {_REMEDY}"
             ) from error
         return table
+
+    def images(self, group: int, rows: NDArray[np.int64], *, keep: bool = False) -> Iterator[tuple[StoredImage, str]]:
+        """Some rows of a row group with their class names, in the order of ``rows``.
+
+        Their content is a view: of the whole row group if ``keep``, else of a copy of these rows alone.
+        """
+        table = self.table(group)
+        if not keep:
+            table, rows = table.take(pa.array(rows)), np.arange(len(rows))
+        columns = table.combine_chunks().to_batches()[0]
+        names = ("image_id", "format", "class_name", "height", "width", "channels")
+        ids, formats, classes, *shape = (columns.column(name).to_pylist() for name in names)
+        content = columns.column("image")
+        for row in rows.tolist():
+            size = (shape[0][row], shape[1][row], shape[2][row])
+            yield StoredImage(ids[row], content[row].as_buffer(), formats[row], size), classes[row]
 
     def rows(self, group: int) -> list[dict[str, Any]]:
         """All columns of one row group, a mapping per row."""

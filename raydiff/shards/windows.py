@@ -1,0 +1,106 @@
+"""Reading one window of the training order: the images that one worker takes of it, in order, a chunk at a time.
+
+To give the images of a window in random order, all its row groups are read. A worker keeps its own share of them, still
+encoded: about ``window`` / W images. It reads every byte of the window, though, so W workers read the training split W
+times per epoch between them; decoding, which costs far more, is done once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from raydiff.images import ImageSpec
+from raydiff.shards.order import Share, TrainingBatch, TrainingOrder, Window
+from raydiff.shards.reading import GroupReader, ShardSet, StoredImage
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["StoredChunk", "cut", "stored_chunks"]
+
+
+@dataclass(frozen=True)
+class StoredChunk:
+    """Consecutive images of a worker's stream, not decoded; ``labels`` int64 (n,)."""
+
+    epoch: int
+    images: list[StoredImage]
+    labels: NDArray[np.int64]
+
+    def decode(self, spec: ImageSpec) -> TrainingBatch:
+        """The pixels of all, in order.
+
+        Raises:
+            DataError: an image cannot be brought to ``spec``; the message names it.
+        """
+        pixels = np.empty((len(self.images), *spec.image_size, spec.channels), dtype=np.uint8)  # (n, H, W, C)
+        for row, image in zip(pixels, self.images, strict=True):
+            row[...] = image.pixels(spec)
+        epochs = np.full(len(self.images), self.epoch, dtype=np.int64)
+        return TrainingBatch([image.image_id for image in self.images], epochs, pixels, self.labels)
+
+
+def stored_chunks(
+    shards: ShardSet,
+    order: TrainingOrder,
+    share: Share,
+    window: Window,
+    *,
+    rows_per_chunk: int,
+    stop_step: int | None = None,
+) -> Iterator[StoredChunk]:
+    """A worker's images of one window in training order, at most ``rows_per_chunk`` at a time.
+
+    Raises:
+        DataError: a shard cannot be read; the message names it.
+    """
+    rows = share.of(order, window, stop_step)
+    groups, inside = order.locate(rows)
+    images: list[StoredImage | None] = [None] * len(rows)
+    labels = np.empty(len(rows), dtype=np.int64)
+    index = {name: label for label, name in enumerate(shards.classes)}
+    with GroupReader(shards, "train") as reader:
+        for group in np.unique(groups).tolist():
+            places = np.flatnonzero(groups == group)
+            stored = reader.images(group, inside[places], keep=len(places) == order.row_groups[group])
+            for place, (image, class_name) in zip(places.tolist(), stored, strict=True):
+                images[place] = image
+                labels[place] = index[class_name]
+    for start in range(0, len(rows), rows_per_chunk):
+        part = slice(start, start + rows_per_chunk)
+        yield StoredChunk(window.epoch, [image for image in images[part] if image is not None], labels[part])
+
+
+def cut(pieces: Iterable[TrainingBatch], size: int) -> Iterator[TrainingBatch]:
+    """The same images in batches of ``size``; what is left over at the end is dropped."""
+    held: list[TrainingBatch] = []
+    count = 0
+    for piece in pieces:
+        held.append(piece)
+        count += len(piece.ids)
+        if count < size:
+            continue
+        joined = held[0] if len(held) == 1 else _join(held)
+        for start in range(0, count - size + 1, size):
+            yield _slice(joined, start, start + size)
+        rest = count % size
+        held, count = ([_slice(joined, count - rest, count)] if rest else []), rest
+
+
+def _join(pieces: list[TrainingBatch]) -> TrainingBatch:
+    return TrainingBatch(
+        [image_id for piece in pieces for image_id in piece.ids],
+        np.concatenate([piece.epochs for piece in pieces]),
+        np.concatenate([piece.images for piece in pieces]),
+        np.concatenate([piece.labels for piece in pieces]),
+    )
+
+
+def _slice(batch: TrainingBatch, start: int, stop: int) -> TrainingBatch:
+    return TrainingBatch(
+        batch.ids[start:stop], batch.epochs[start:stop], batch.images[start:stop], batch.labels[start:stop]
+    )
