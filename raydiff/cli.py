@@ -1,0 +1,331 @@
+"""``raydiff``: prepare, fit, evaluate, score, report, demo.
+
+Exit codes: 0 done, 1 a run failed, 2 the command or the config cannot be used, 130 interrupted. Errors are one line;
+``--debug`` adds the traceback. Each command imports what it needs when it runs, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from raydiff.errors import ConfigError, DataError, RaydiffError
+
+if TYPE_CHECKING:
+    from raydiff.config import DataConfig, ExperimentConfig
+    from raydiff.detector import Detector
+    from raydiff.results import Evaluation
+    from raydiff.shards import ShardSet
+
+__all__ = ["main"]
+
+BASELINES = ("isolation_forest", "ocsvm", "copod", "knn")
+
+
+class _Group(click.Group):
+    """Turns raydiff's errors into one line and their exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RaydiffError as error:
+            if ctx.params["debug"]:
+                raise
+            failure = click.ClickException(str(error))
+            failure.exit_code = error.exit_code
+            raise failure from error
+        except KeyboardInterrupt:
+            click.echo("\nInterrupted; what was finished is kept.", err=True)
+            sys.exit(130)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(package_name="raydiff")
+def main(debug: bool) -> None:  # noqa: ARG001
+    """Image anomaly detection with diffusion models: train on normal images, calibrate, compare, explain."""
+
+
+_set = click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change a config field; repeatable.")
+_config = click.argument("config", required=False, type=click.Path(path_type=Path))
+
+
+@main.command()
+@_config
+@click.option("--dataset", metavar="NAME", help="Short for --set data.dataset=NAME.")
+@click.option("--source", metavar="PATH", help="Where the data set's files lie.")
+@click.option("--out", required=True, metavar="PLACE", help="A folder, or s3://bucket/path.")
+@_set
+def prepare(config: Path | None, dataset: str | None, source: str | None, out: str, overrides: Sequence[str]) -> None:
+    """Write a data set as Parquet shards, split into train, calibration and test.
+
+    Finished shards are kept, so an interrupted call goes on where it stopped.
+    """
+    named = [f"data.dataset={dataset}"] if dataset else []
+    placed = [f"data.dataset.source={source}"] if source else []
+    shards = _prepared(_load(config, [*named, *placed, *overrides]).data, out)
+    click.echo(
+        f"{shards.uri}: {shards.count('train')} train, {shards.count('calibration')} calibration,"
+        f" {shards.count('test')} test images; data digest {shards.digest[:12]}"
+    )
+
+
+@main.command()
+@_config
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The run's folder; must be new.")
+@click.option("--resume", type=click.Path(path_type=Path), metavar="DIR", help="Go on with the run in this folder.")
+@_set
+def fit(config: Path | None, out: Path | None, resume: Path | None, overrides: Sequence[str]) -> None:
+    """Train a diffusion model on normal images with Ray Train, and calibrate it.
+
+    \b
+    raydiff fit examples/configs/digits.yaml --out runs/digits
+    raydiff fit --resume runs/digits
+    """
+    from raydiff.experiment import open_run
+
+    if (out is None) == (resume is None):
+        raise ConfigError("give --out for a new run, or --resume for one that was interrupted")
+    if resume is not None and (config is not None or overrides):
+        raise ConfigError("--resume takes the run's own config.yaml; leave out the config and --set")
+    run_dir = resume or out
+    assert run_dir is not None  # noqa: S101
+    experiment = open_run(run_dir, None if resume else _load(config, overrides), resume=resume is not None)
+    detector = _fitted(experiment, run_dir)
+    _say_fitted(detector, run_dir)
+
+
+@main.command()
+@click.argument("artefact", type=click.Path(path_type=Path))
+@click.argument("dataset", required=False)
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where results go [the run's folder].")
+@click.option("--baselines/--no-baselines", default=False, help="Also fit and evaluate the classic detectors.")
+def evaluate(artefact: Path, dataset: str | None, out: Path | None, baselines: bool) -> None:
+    """Measure an artefact on the test split of DATASET and write results.jsonl and report.html.
+
+    DATASET is a folder of shards, a folder of images (MVTec-AD layout), or a data set's name; by default the data the
+    run was trained on.
+    """
+    from raydiff.detector import load_detector
+    from raydiff.experiment import artifact_of
+
+    folder = artifact_of(artefact)
+    detector = load_detector(folder)
+    place = out or folder.parent
+    shards = _test_data(dataset, detector.config, place)
+    _compare([detector], shards, place, BASELINES if baselines else ())
+
+
+@main.command()
+@click.argument("artefact", type=click.Path(path_type=Path))
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="scores.csv, .jsonl or .parquet.")
+@click.option("--maps", "maps_dir", type=click.Path(path_type=Path), metavar="DIR", help="Also write heat maps.")
+@click.option("--target-fpr", type=float, help="Another false-positive rate, from the same calibration.")
+@click.option("--skip-bad", is_flag=True, help="Write a row with the error for an unreadable image, and go on.")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+def score(
+    artefact: Path, paths: Sequence[str], out: Path, maps_dir: Path | None, target_fpr: float | None, skip_bad: bool,
+    device: str,
+) -> None:  # fmt: skip
+    """Score image files and folders: one row each with score, p-value and verdict."""
+    from raydiff.batch import score_files
+    from raydiff.detector import load_detector
+    from raydiff.experiment import artifact_of
+
+    detector = load_detector(artifact_of(artefact), device=device)
+    if target_fpr is not None:
+        detector = detector.with_target_fpr(target_fpr)
+    summary = score_files(
+        detector, paths, out, maps_dir=maps_dir, on_bad_image="skip" if skip_bad else "error",
+        progress=_progress("scored"),
+    )  # fmt: skip
+    bad = f", {summary.num_bad} could not be read" if summary.num_bad else ""
+    click.echo(f"{out}: {summary.num_images} images, {summary.num_anomalous} anomalous{bad}")
+
+
+@main.command()
+@click.argument("results", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="[report.html beside RESULTS]")
+@click.option("--title", default="raydiff results", show_default=True)
+def report(results: Path, out: Path | None, title: str) -> None:
+    """Draw the report of a results.jsonl again, as one HTML file that needs nothing else."""
+    from raydiff.report import write_report
+    from raydiff.results import load_evaluations
+
+    target = out or results.parent / "report.html"
+    write_report(load_evaluations(results), target, title=title)
+    click.echo(f"report: {target}")
+
+
+@main.command()
+@click.option("--data", default="digits", show_default=True, metavar="NAME_OR_PATH", help="Or your own folder.")
+@click.option("--source", metavar="PATH", help="Where the files of a named data set lie.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="[the first free of runs/demo, runs/demo-2 ...]")
+@_set
+def demo(data: str, source: str | None, out: Path | None, overrides: Sequence[str]) -> None:
+    """Everything once: shards, training on two workers, calibration, comparison with four baselines, report."""
+    from raydiff.distributed.cluster import connect
+    from raydiff.experiment import open_run
+    from raydiff.recipes import recipe
+
+    started = time.monotonic()
+    config = recipe(data, source).override(overrides)
+    run_dir = out or _first_free(Path("runs") / ("demo" if data == "digits" else f"demo-{Path(data).name}"))
+    open_run(run_dir, config, resume=False)
+    with connect():
+        detector = _fitted(config, run_dir)
+    _say_fitted(detector, run_dir)
+    shards = _shards_of(config, run_dir)
+    try:
+        _compare([detector], shards, run_dir, BASELINES)
+    except DataError as error:
+        click.echo(f"No comparison: {error}. Score images with: raydiff score {run_dir} PATH --out scores.csv --maps maps")
+    click.echo(f"all of it took {time.monotonic() - started:.0f} s")
+
+
+def _load(config: Path | None, overrides: Sequence[str]) -> ExperimentConfig:
+    from raydiff.config import ExperimentConfig, load_config
+
+    return load_config(config, overrides) if config is not None else ExperimentConfig().override(overrides)
+
+
+def _prepared(data: DataConfig, place: str) -> ShardSet:
+    from raydiff.distributed.cluster import connect
+    from raydiff.distributed.data import prepare as write
+
+    with connect():
+        shards = write(data, place, progress=_progress("prepared"))
+    for skipped in shards.skipped:
+        click.echo(f"left out: {skipped.image_id}: {skipped.reason}", err=True)
+    return shards
+
+
+def _shards_of(config: ExperimentConfig, run_dir: Path) -> ShardSet:
+    """The run's shards: those the config names, or its own, written if need be."""
+    return _prepared(config.data, config.data.shards or str(run_dir / "shards"))
+
+
+def _test_data(dataset: str | None, config: ExperimentConfig, place: Path) -> ShardSet:
+    """The shards meant by DATASET, written under ``place`` where it is a folder of images or a name."""
+    from raydiff import registry
+    from raydiff.shards import ShardSet
+
+    if dataset is None:
+        return _shards_of(config, place)
+    if "://" in dataset or (Path(dataset) / "manifest.json").exists():
+        return ShardSet.open(dataset)
+    if Path(dataset).is_dir():
+        changes: dict[str, Any] = {"data.dataset": {"name": "folder", "source": str(Path(dataset).resolve())}}
+    elif dataset in registry.names("datasets"):
+        same = config.data.dataset.name == dataset
+        changes = {} if same else {"data.dataset": {"name": dataset}}
+    else:
+        raise ConfigError(
+            f"{dataset}: is neither a folder nor a data set's name; there are: {', '.join(registry.names('datasets'))}"
+        )
+    data = config.override(changes | {"data.shards": None}).data
+    return _prepared(data, str(place / f"shards-{Path(dataset).name}"))
+
+
+def _fitted(config: ExperimentConfig, run_dir: Path) -> Detector:
+    from raydiff.distributed.cluster import connect
+    from raydiff.distributed.train import fit as train
+    from raydiff.tracking import progress_line
+
+    training = config.training
+
+    def say(metrics: Mapping[str, Any]) -> None:
+        click.echo(progress_line(metrics, training.num_steps, training.batch_size))
+
+    with connect():
+        shards = _shards_of(config, run_dir)
+        click.echo(
+            f"training {config.denoiser.name} on {shards.count('train')} normal images with"
+            f" {config.execution.num_workers} Ray Train worker(s), {training.num_steps} steps of {training.batch_size}"
+        )
+        try:
+            return train(config, run_dir, shards, on_metrics=say)
+        except KeyboardInterrupt:
+            click.echo(f"\nInterrupted. Go on with: raydiff fit --resume {run_dir}", err=True)
+            sys.exit(130)
+
+
+def _say_fitted(detector: Detector, run_dir: Path) -> None:
+    assert detector.calibration is not None  # noqa: S101
+    threshold = detector.calibration.threshold
+    click.echo(f"threshold {threshold.value:.4g}: {threshold.rule}")
+    click.echo(f"artefact: {run_dir / 'artifact'} ({(detector.artifact_digest or '')[:12]})")
+
+
+def _compare(detectors: Iterable[Detector], shards: ShardSet, place: Path, baselines: Sequence[str]) -> None:
+    """Evaluate, print the table, write results and report."""
+    from raydiff.evaluation import evaluate as measure
+    from raydiff.experiment import fit_baselines
+    from raydiff.report import write_report
+    from raydiff.results import load_evaluations, save_evaluations
+
+    command = shlex.join(["raydiff", *sys.argv[1:]])
+    evaluations: list[Evaluation] = []
+    first: Detector | None = None
+    for detector in detectors:
+        first = first or detector
+        evaluations.append(measure(detector, shards, command=command, progress=_progress(f"scored {detector.name}")))
+    if first is not None:
+        for baseline in fit_baselines(first.config, shards, baselines):
+            saved = baseline.save(place / "baselines" / baseline.name, overwrite=True)
+            evaluations.append(measure(saved, shards, command=command, progress=_progress(f"scored {saved.name}")))
+    results = place / "results.jsonl"
+    save_evaluations(results, evaluations)
+    click.echo(_table(evaluations))
+    write_report(load_evaluations(results), place / "report.html", title=evaluations[0].rows[0].dataset)
+    click.echo(f"results: {results}\nreport: {place / 'report.html'}")
+
+
+_COLUMNS: tuple[tuple[str, Callable[[Any], str]], ...] = (
+    ("AUROC [95 %]", lambda row: _interval(row.metrics["auroc"])),
+    ("AP", lambda row: f"{row.metrics['average_precision'].value:.3f}"),
+    ("TPR@5%FPR", lambda row: f"{row.metrics['tpr_at_5_fpr'].value:.3f}"),
+    ("FPR at threshold", lambda row: _interval(row.realised_fpr)),
+    ("TPR at threshold", lambda row: _interval(row.realised_tpr)),
+    ("NFE", lambda row: "-" if row.num_evaluations is None else str(row.num_evaluations)),
+    ("ms/image", lambda row: f"{row.ms_per_image:.2f}"),
+)
+
+
+def _table(evaluations: Sequence[Evaluation]) -> str:
+    """The main figures as text, one line per detector."""
+    row = evaluations[0].rows[0]
+    head = ["detector", *(name for name, _ in _COLUMNS)]
+    body = [[e.rows[0].detector, *(show(e.rows[0]) for _, show in _COLUMNS)] for e in evaluations]
+    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *body]]
+    title = f"{row.dataset}: {row.num_normal} normal and {row.num_anomalous} anomalous test images, seed {row.seed}"
+    return "\n".join(["", title, *(line.rstrip() for line in lines), ""])
+
+
+def _interval(estimate: Any) -> str:
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
+
+def _progress(what: str) -> Callable[[int, int], None]:
+    """A line that is rewritten on a terminal, and printed once at the end elsewhere."""
+    terminal = sys.stderr.isatty()
+
+    def show(done: int, total: int) -> None:
+        if terminal or done == total:
+            click.echo(f"\r{what}: {done}/{total} images", err=True, nl=done == total)
+
+    return show
+
+
+def _first_free(path: Path) -> Path:
+    if not path.exists():
+        return path
+    return next(p for i in range(2, 10_000) if not (p := path.with_name(f"{path.name}-{i}")).exists())
