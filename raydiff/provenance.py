@@ -14,7 +14,7 @@ import torch
 
 __all__ = ["hardware", "source_commit", "versions"]
 
-_PACKAGES = ("raydiff", "torch", "diffusers", "timm", "scikit-learn", "pyod", "numpy", "ray")
+_PACKAGES = ("raydiff", "diffusers", "timm", "scikit-learn", "pyod", "numpy", "ray")
 
 
 @cache
@@ -27,13 +27,14 @@ def hardware(device: str) -> str:
         names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{model}, {cores} cores, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{model}, {cores} core{'s' * (cores != 1)}, {threads} thread{'s' * (threads != 1)}"
 
 
 @cache
 def versions() -> dict[str, str]:
     """Python and the libraries that can move a number."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)

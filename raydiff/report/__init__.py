@@ -1,1 +1,11 @@
-"""From result rows to one self-contained HTML file."""
+"""From result rows to one self-contained HTML file: no script, no outside host, readable on paper and on a telephone.
+
+``tables`` turns evaluations into cells, ``words`` into sentences, ``figures`` into inline SVG; ``page`` lays them out
+with ``page.html`` and ``page.css``.
+"""
+
+from __future__ import annotations
+
+from raydiff.report.page import report_from_results, write_report
+
+__all__ = ["report_from_results", "write_report"]

@@ -1,0 +1,222 @@
+"""Evaluations as the cells of tables.
+
+With one seed a cell holds the value and its 95 % interval over test images; with several, the mean over seeds and its
+standard deviation. The two are never mixed in one cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean, stdev
+
+from raydiff.core.metrics import Estimate
+from raydiff.results import Comparison, Evaluation, Result
+
+__all__ = [
+    "COLUMNS",
+    "Cell",
+    "Column",
+    "Group",
+    "Row",
+    "defect_table",
+    "difference_table",
+    "group",
+    "main_table",
+    "overview_table",
+    "summarise",
+]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a table cell says; ``detail`` is its interval or spread, ``value`` the number behind it."""
+
+    text: str = "–"
+    detail: str = ""
+    value: float | None = None
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A header and its cells."""
+
+    name: str
+    cells: list[Cell]
+    note: str = ""
+    main: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """One detector on one data set: an evaluation per seed, in the order of seeds."""
+
+    dataset: str
+    detector: str
+    evaluations: list[Evaluation]
+
+    @property
+    def rows(self) -> list[Result]:
+        """The rows of all anomalies, one per seed."""
+        return [evaluation.rows[0] for evaluation in self.evaluations]
+
+    @property
+    def auroc(self) -> float:
+        """Mean over seeds."""
+        return fmean(row.metrics["auroc"].value for row in self.rows)
+
+    @property
+    def has_network(self) -> bool:
+        """Whether scoring evaluates a network; the classic detectors do not."""
+        return self.rows[0].num_evaluations is not None
+
+
+def group(evaluations: Sequence[Evaluation]) -> dict[str, list[Group]]:
+    """Groups by data set, both in order of appearance."""
+    found: dict[tuple[str, str], list[Evaluation]] = {}
+    for evaluation in evaluations:
+        row = evaluation.rows[0]
+        found.setdefault((row.dataset, row.detector), []).append(evaluation)
+    by_dataset: dict[str, list[Group]] = {}
+    for (dataset, detector), members in found.items():
+        ordered = sorted(members, key=lambda evaluation: evaluation.rows[0].seed)
+        by_dataset.setdefault(dataset, []).append(Group(dataset, detector, ordered))
+    return by_dataset
+
+
+def summarise(estimates: Sequence[Estimate | None]) -> Cell:
+    """One value per seed as a cell; empty where a seed lacks it."""
+    known = [estimate for estimate in estimates if estimate is not None]
+    if not known or len(known) < len(estimates):
+        return Cell()
+    mean = fmean(estimate.value for estimate in known)
+    if len(known) > 1:
+        return Cell(f"{mean:.3f}", f"± {stdev(estimate.value for estimate in known):.3f}", mean)
+    low, high = known[0].low, known[0].high
+    return Cell(f"{mean:.3f}", "" if low is None or high is None else f"{low:.3f}–{high:.3f}", mean)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the main table. ``better`` is 1 where more is better, -1 where less is, 0 where neither is."""
+
+    part: str
+    name: str
+    better: int
+    read: Callable[[Group], Cell]
+
+
+def _metric(name: str) -> Callable[[Group], Cell]:
+    return lambda group: summarise([row.metrics.get(name) for row in group.rows])
+
+
+def _milliseconds(field: str) -> Callable[[Group], Cell]:
+    def read(group: Group) -> Cell:
+        value = fmean(getattr(row, field) for row in group.rows)
+        return Cell(f"{value:.3g}" if value < 100 else f"{value:.0f}", "", value)
+
+    return read
+
+
+def _evaluations(group: Group) -> Cell:
+    number = group.rows[0].num_evaluations
+    return Cell() if number is None else Cell(str(number), "", float(number))
+
+
+COLUMNS = (
+    Column("Ranking of images", "AUROC", 1, _metric("auroc")),
+    Column("Ranking of images", "AP", 1, _metric("average_precision")),
+    Column("Ranking of images", "F1-max", 1, _metric("f1_max")),
+    Column("Ranking of images", "FPR at 95 % TPR", -1, _metric("fpr_at_95_tpr")),
+    Column("Ranking of images", "TPR at 5 % FPR", 1, _metric("tpr_at_5_fpr")),
+    Column("At the threshold", "FPR", 0, lambda group: summarise([row.realised_fpr for row in group.rows])),
+    Column("At the threshold", "TPR", 0, lambda group: summarise([row.realised_tpr for row in group.rows])),
+    Column("Pixels", "AUROC", 1, _metric("pixel_auroc")),
+    Column("Pixels", "AP", 1, _metric("pixel_average_precision")),
+    Column("Pixels", "AUPRO", 1, _metric("aupro")),
+    Column("Cost per image", "NFE", 0, _evaluations),
+    Column("Cost per image", "ms, alone", -1, _milliseconds("ms_per_image_alone")),
+    Column("Cost per image", "ms, in batches", -1, _milliseconds("ms_per_image")),
+)
+
+
+def main_table(groups: Sequence[Group], main: str) -> tuple[list[Column], list[Row]]:
+    """Detectors by metrics; columns that nobody fills are left out."""
+    cells = {column: [column.read(group) for group in groups] for column in COLUMNS}
+    columns = [column for column in COLUMNS if any(cell.value is not None for cell in cells[column])]
+    marked = [_mark_best(cells[column], column.better) for column in columns]
+    return columns, [
+        Row(group.detector, [column[i] for column in marked], main=group.detector == main)
+        for i, group in enumerate(groups)
+    ]
+
+
+def defect_table(groups: Sequence[Group]) -> list[Row]:
+    """AUROC per defect type and class against all normal images: a row each, a cell per detector."""
+    subsets = dict.fromkeys(
+        (row.subset_kind, row.subset) for group in groups for row in group.evaluations[0].rows[1:]
+    )  # in order of appearance
+    table = []
+    for kind, name in subsets:
+        found = [[_find(evaluation, kind, name) for evaluation in group.evaluations] for group in groups]
+        example = next(row for rows in found for row in rows if row is not None)
+        cells = [summarise([None if row is None else row.metrics["auroc"] for row in rows]) for rows in found]
+        note = f"{example.num_anomalous} anomalous, {example.num_normal} normal"
+        table.append(Row(f"{kind} {name}", _mark_best(cells, 1), note))
+    return table
+
+
+def overview_table(datasets: dict[str, list[Group]]) -> tuple[list[str], list[Row]]:
+    """AUROC, data sets by detectors, and below them the mean over data sets of those that ran on all."""
+    detectors = list(dict.fromkeys(group.detector for groups in datasets.values() for group in groups))
+    rows, values = [], []
+    for dataset, groups in datasets.items():
+        by_name = {group.detector: group for group in groups}
+        cells = [_metric("auroc")(by_name[name]) if name in by_name else Cell() for name in detectors]
+        values.append([cell.value for cell in cells])
+        rows.append(Row(dataset, _mark_best(cells, 1)))
+    means = []
+    for column in zip(*values, strict=True):
+        known = [value for value in column if value is not None]
+        mean = fmean(known) if len(known) == len(column) else None
+        means.append(Cell() if mean is None else Cell(f"{mean:.3f}", "", mean))
+    return detectors, [*rows, Row(f"mean of {len(datasets)} data sets", _mark_best(means, 1))]
+
+
+def difference_table(comparisons: Sequence[Comparison]) -> list[Row]:
+    """Per detector and seed: what it was held against, and how far it lies above it."""
+    shown = ("auroc", "average_precision", "tpr_at_5_fpr")
+    table: dict[tuple[str, int], dict[str, Comparison]] = {}
+    order = list(dict.fromkeys(comparison.detector for comparison in comparisons))
+    for comparison in comparisons:
+        table.setdefault((comparison.detector, comparison.seed), {})[comparison.metric] = comparison
+    return [
+        Row(detector, [_signed(found[metric].difference) for metric in shown],
+            f"minus {found['auroc'].reference}, seed {seed}")
+        for (detector, seed), found in sorted(table.items(), key=lambda item: order.index(item[0][0]))
+    ]  # fmt: skip
+
+
+def _signed(difference: Estimate) -> Cell:
+    low, high = difference.low, difference.high
+    clear = low is not None and high is not None and (low > 0 or high < 0)
+    detail = "" if low is None or high is None else f"{_sign(low)} to {_sign(high)}"
+    return Cell(_sign(difference.value), detail, difference.value, best=clear)
+
+
+def _sign(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def _find(evaluation: Evaluation, kind: str, name: str) -> Result | None:
+    return next((row for row in evaluation.rows if (row.subset_kind, row.subset) == (kind, name)), None)
+
+
+def _mark_best(cells: Sequence[Cell], better: int) -> list[Cell]:
+    """Bold the best and all that read the same; none where there is nothing to compare."""
+    known = [cell for cell in cells if cell.value is not None]
+    if not better or len(known) < 2:
+        return list(cells)
+    best = max(known, key=lambda cell: better * (cell.value or 0.0))
+    return [replace(cell, best=cell.value is not None and cell.text == best.text) for cell in cells]
