@@ -158,14 +158,12 @@ def _pipeline(job: _Job, windows: list[Window], num_decoders: int) -> ray.data.D
         raw = job.shards.data["shard_format"] == "raw"
         stage = {"fn_kwargs": {"job": job}, "batch_format": "pyarrow", "num_cpus": 0}
         read = source.map_batches(
-            _read_raw if raw else _read_encoded, batch_size=1, compute=TaskPoolStrategy(READ_AHEAD),
-            scheduling_strategy="DEFAULT", **stage,
-        )  # fmt: skip
+            _read_raw if raw else _read_encoded, batch_size=1, compute=TaskPoolStrategy(READ_AHEAD), **stage
+        )
         if raw:
             return read
-        return read.map_batches(  # another strategy than above: else Ray fuses the two, and one task decodes a window
-            _decode, batch_size=None, compute=TaskPoolStrategy(num_decoders), scheduling_strategy="SPREAD", **stage
-        )
+        # max_calls=0 is the default, spelt out: with equal arguments Ray would fuse the two into one task per window
+        return read.map_batches(_decode, batch_size=None, compute=TaskPoolStrategy(num_decoders), max_calls=0, **stage)
 
 
 def _read_encoded(batch: pa.Table, job: _Job) -> Iterator[pa.Table]:

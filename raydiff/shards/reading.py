@@ -166,7 +166,7 @@ class ShardSet:
             DataError: names the first field that differs.
         """
         wanted = recorded_fields(data)
-        for name in wanted.keys() | self.data.keys():
+        for name in sorted(wanted.keys() | self.data.keys()):
             if name == "shard_format" or (name not in wanted and self.data["shard_format"] != "raw"):
                 continue  # both formats give the same pixels; encoded files can be brought to any size
             asked = data.model_dump(mode="json")[name]

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from raydiff.config import DataConfig
+from raydiff.contracts import Entry
+from raydiff.errors import DataError
+from raydiff.shards import plan_shards
+
+
+def entries(count: int, *, class_name: str = "a", split: Any = "train", size: int = 1000) -> list[Entry]:
+    return [
+        Entry(f"{class_name}/{split}/{number:04d}", split, class_name, "good", False, size) for number in range(count)
+    ]
+
+
+def by_split(plans: Any) -> dict[str, list[str]]:
+    ids: dict[str, list[str]] = {"train": [], "calibration": [], "test": []}
+    for plan in plans:
+        ids[plan.split] += [entry.image_id for entry in plan.entries]
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "expected"),
+    [(100, 0.25, 25), (10, 0.01, 1), (7, 0.5, round(3.5)), (2, 0.25, 1), (999, 0.1, 100)],
+)
+def test_the_calibration_split_is_exact(count: int, fraction: float, expected: int) -> None:
+    ids = by_split(plan_shards(entries(count), DataConfig(calibration_fraction=fraction)))
+    assert len(ids["calibration"]) == expected
+    assert len(ids["train"]) == count - expected
+    assert sorted(ids["calibration"] + ids["train"]) == [entry.image_id for entry in entries(count)]
+
+
+def test_every_class_has_its_share() -> None:
+    plans = plan_shards(entries(40) + entries(8, class_name="b"), DataConfig())
+    calibration = [entry.class_name for plan in plans if plan.split == "calibration" for entry in plan.entries]
+    assert Counter(calibration) == {"a": 10, "b": 2}
+
+
+def test_the_split_depends_on_ids_and_seed_alone() -> None:
+    config = DataConfig()
+    forwards = by_split(plan_shards(entries(60), config))
+    backwards = by_split(plan_shards(entries(60)[::-1], config))
+    assert forwards == backwards
+    other_seed = by_split(plan_shards(entries(60), config.model_copy(update={"split_seed": 1})))
+    assert set(other_seed["calibration"]) != set(forwards["calibration"])
+    with_tests = by_split(plan_shards(entries(60) + entries(9, split="test"), config))
+    assert with_tests["calibration"] == forwards["calibration"]
+
+
+def test_the_split_is_pinned() -> None:
+    assert by_split(plan_shards(entries(12), DataConfig()))["calibration"] == [
+        "a/train/0003", "a/train/0000", "a/train/0005",
+    ]  # fmt: skip
+
+
+def test_the_test_split_keeps_its_order() -> None:
+    plans = plan_shards(entries(4) + entries(9, split="test"), DataConfig())
+    assert by_split(plans)["test"] == [entry.image_id for entry in entries(9, split="test")]
+
+
+def test_shard_and_row_group_sizes() -> None:
+    plans = [p for p in plan_shards(entries(1000, size=40_000), DataConfig(shard_mb=5)) if p.split == "train"]
+    assert [plan.name for plan in plans[:2]] == ["train-00000.parquet", "train-00001.parquet"]
+    for plan in plans:
+        assert sum(entry.size for entry in plan.entries) <= 5 * 2**20
+    assert {len(group) for plan in plans for group in plan.groups} <= {64, 750 % 64}
+    large = plan_shards(entries(100, size=1_000_000), DataConfig(shard_mb=1))
+    assert {len(group) for plan in large for group in plan.groups} <= {4, 3, 1}  # about 4 MB
+    huge = plan_shards(entries(10, size=50_000_000), DataConfig(shard_mb=1))
+    assert all(len(plan.entries) == 1 for plan in huge)
+
+
+def test_row_groups_depend_neither_on_the_shards_nor_on_their_format() -> None:
+    def groups(**fields: Any) -> list[tuple[Entry, ...]]:
+        plans = plan_shards(entries(900, size=30_000), DataConfig(**fields))
+        return [group for plan in plans for group in plan.groups]
+
+    reference = groups()
+    assert groups(shard_mb=1) == reference
+    assert groups(shard_format="raw", image_size=(64, 64), channels=3, shard_mb=2) == reference
+
+
+def test_plan_digests_tell_plans_apart() -> None:
+    config = DataConfig()
+    first, again = plan_shards(entries(60), config), plan_shards(entries(60), config)
+    assert [plan.digest for plan in first] == [plan.digest for plan in again]
+    digests = {plan.digest for plan in first}
+    assert len(digests) == 2
+    changed = [
+        plan_shards([replace(entry, size=1001) for entry in entries(60)], config),
+        plan_shards(entries(60), config.model_copy(update={"shard_format": "raw"})),
+        plan_shards(entries(60), config.model_copy(update={"resize": "strict"})),
+        plan_shards(entries(60), DataConfig(dataset={"name": "digits", "normal": ("1",)})),
+    ]
+    for plans in changed:
+        assert not digests & {plan.digest for plan in plans}
+    added = plan_shards(entries(61), config)  # keyed by id, so one more image need not move the others
+    assert added[0].digest not in digests
+    resized = plan_shards(entries(60), config.model_copy(update={"image_size": (32, 32), "cache_mb": 0}))
+    assert {plan.digest for plan in resized} == digests  # encoded files serve any size
+
+
+def test_too_few_normals() -> None:
+    with pytest.raises(
+        DataError, match=r"class 'b' has 1 normal training image\(s\), of which .* \(0.25\) sets 1 aside"
+    ):
+        plan_shards(entries(9) + entries(1, class_name="b"), DataConfig())
+    with pytest.raises(DataError, match=r"add normal images or lower the fraction"):
+        plan_shards(entries(3), DataConfig(calibration_fraction=0.9))
+    with pytest.raises(DataError, match=r"^the data set has no normal training image"):
+        plan_shards(entries(3, split="test"), DataConfig())
+
+
+def test_an_anomaly_in_the_training_split_is_refused() -> None:
+    tainted = [*entries(5), replace(entries(1)[0], image_id="x", is_anomaly=True)]
+    with pytest.raises(DataError, match=r"^x: is anomalous but in the training split"):
+        plan_shards(tainted, DataConfig())
+
+
+def test_two_images_with_one_id_are_refused() -> None:
+    with pytest.raises(DataError, match=r"^a/train/0002: 1 image id\(s\) occur more than once"):
+        plan_shards([*entries(5), entries(5)[2]], DataConfig())
