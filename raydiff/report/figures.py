@@ -70,7 +70,7 @@ def roc_figure(groups: Sequence[Group], looks: dict[str, Style], name: str) -> s
     """
     grid = np.linspace(0, 1, 501)
     with mpl.rc_context(_SETTINGS):
-        figure, axes = _canvas(4.9, 4.4)
+        figure, axes = _canvas(4.9, 4.2 + 0.19 * len(groups))
         for group in groups:
             curves = [_tpr_on(grid, e.predictions) for e in group.evaluations if e.predictions is not None]
             if curves:
@@ -79,14 +79,14 @@ def roc_figure(groups: Sequence[Group], looks: dict[str, Style], name: str) -> s
             return None
         axes.plot([0, 1], [0, 1], color=_INK, linewidth=0.6, alpha=0.4)
         axes.set(xlim=(-0.01, 1), ylim=(0, 1.01), xlabel="False-positive rate", ylabel="True-positive rate")
-        axes.legend(loc="lower right", title="AUROC", title_fontsize=9, alignment="left")
+        figure.legend(loc="outside lower center")
         return _svg(figure, name)
 
 
 def cost_figure(groups: Sequence[Group], looks: dict[str, Style], name: str) -> str:
     """AUROC against milliseconds per image in batches, with the AUROC's interval or spread."""
     with mpl.rc_context(_SETTINGS):
-        figure, axes = _canvas(4.9, 4.4)
+        figure, axes = _canvas(4.9, 4.2 + 0.19 * len(groups))
         for group in groups:
             look = looks[group.detector]
             estimates = [row.metrics["auroc"] for row in group.rows]
@@ -106,7 +106,7 @@ def cost_figure(groups: Sequence[Group], looks: dict[str, Style], name: str) -> 
         axes.margins(x=0.15, y=0.15)
         axes.set(xlabel="Milliseconds per image, in batches (log scale)", ylabel="AUROC")
         axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.6)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=2)
+        figure.legend(loc="outside lower center", ncols=2)
         return _svg(figure, name)
 
 
@@ -122,7 +122,7 @@ def histogram_figure(predictions: Predictions, threshold: float, name: str) -> s
     edges = np.linspace(low - margin, high + margin, 36)
     clipped = np.clip(scores, edges[0], edges[-1])
     with mpl.rc_context(_SETTINGS):
-        figure, axes = _canvas(3.6, 2.6)
+        figure, axes = _canvas(3.6, 3.1)
         for label, kind, colour in ((False, "normal", "#0072B2"), (True, "anomalous", "#D55E00")):
             members = clipped[predictions.labels == label]
             axes.hist(
@@ -130,14 +130,14 @@ def histogram_figure(predictions: Predictions, threshold: float, name: str) -> s
                 edgecolor=colour, histtype="stepfilled", linewidth=1.2,
                 label=f"{kind} (n = {len(members)})",
             )  # fmt: skip
-        axes.axvline(threshold, color=_INK, linestyle="--", linewidth=1.2, label=f"threshold {threshold:.3g}")
+        axes.axvline(threshold, color=_INK, linestyle="--", linewidth=1.2, label=f"threshold {threshold:.4g}")
         axes.set(xlabel="Raw anomaly score", ylabel="Share of images (%)", xlim=(edges[0], edges[-1]))
-        axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.24), ncols=2, columnspacing=1, handlelength=1.4)
+        figure.legend(loc="outside lower center", ncols=2, columnspacing=1, handlelength=1.4)
         return _svg(figure, name)
 
 
 def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height))
+    figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
@@ -150,9 +150,10 @@ def _tpr_on(grid: Floats, predictions: Predictions) -> Floats:
 def _draw_curve(axes: Axes, grid: Floats, curves: Floats, group: Group, look: Style) -> None:
     mean = curves.mean(axis=0)
     cell = summarise([row.metrics["auroc"] for row in group.rows])
+    detail = f" ({cell.detail})" if cell.detail else ""
     axes.plot(
         np.r_[0, grid], np.r_[0, mean], color=look.colour, linestyle=look.dashes, linewidth=look.width,
-        label=f"{group.detector}  {cell.text} {cell.detail}", zorder=look.width,
+        label=f"{group.detector}: {cell.text}{detail}", zorder=look.width,
     )  # fmt: skip
     if len(curves) > 1:
         spread = curves.std(axis=0, ddof=1)
@@ -165,7 +166,7 @@ def _svg(figure: Figure, name: str) -> str:
     """The drawing as an ``<svg>`` element without size, namespaces or metadata, its ids prefixed with ``name``."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(buffer, format="svg", bbox_inches="tight", pad_inches=0.03, metadata=nothing)
+    figure.savefig(buffer, format="svg", metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

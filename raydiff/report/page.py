@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from raydiff.errors import ConfigError, StorageError
 from raydiff.report import figures, tables, words
@@ -97,6 +97,7 @@ def _choose_main(groups: Sequence[Group]) -> str:
 def _render(title: str, datasets: dict[str, list[Group]], main: str, comparisons: Sequence[Comparison]) -> str:
     source = files("raydiff.report")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["breakable"] = _breakable
     template = environment.from_string(source.joinpath("page.html").read_text(encoding="utf-8"))
     rows = [row for groups in datasets.values() for group in groups for row in group.rows]
     detectors, overview = tables.overview_table(datasets)
@@ -144,6 +145,11 @@ def _section(
         "histograms": _histograms(name, groups),
         "gallery": _gallery(chosen.evaluations[0]),
     }
+
+
+def _breakable(text: str) -> Markup:
+    """The text, with places where a narrow screen may break it."""
+    return escape(text).replace("/", Markup("/<wbr>")).replace("_", Markup("_<wbr>"))
 
 
 def _markup(svg: str | None) -> Markup | None:

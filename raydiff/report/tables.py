@@ -127,9 +127,9 @@ def _evaluations(group: Group) -> Cell:
 COLUMNS = (
     Column("Ranking of images", "AUROC", 1, _metric("auroc")),
     Column("Ranking of images", "AP", 1, _metric("average_precision")),
-    Column("Ranking of images", "F1-max", 1, _metric("f1_max")),
-    Column("Ranking of images", "FPR at 95 % TPR", -1, _metric("fpr_at_95_tpr")),
-    Column("Ranking of images", "TPR at 5 % FPR", 1, _metric("tpr_at_5_fpr")),
+    Column("Ranking of images", "F1\u2011max", 1, _metric("f1_max")),
+    Column("Ranking of images", "FPR at 95\u00a0% TPR", -1, _metric("fpr_at_95_tpr")),
+    Column("Ranking of images", "TPR at 5\u00a0% FPR", 1, _metric("tpr_at_5_fpr")),
     Column("At the threshold", "FPR", 0, lambda group: summarise([row.realised_fpr for row in group.rows])),
     Column("At the threshold", "TPR", 0, lambda group: summarise([row.realised_tpr for row in group.rows])),
     Column("Pixels", "AUROC", 1, _metric("pixel_auroc")),
