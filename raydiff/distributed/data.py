@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice, takewhile
@@ -158,7 +159,10 @@ def _pipeline(job: _Job, windows: list[Window], num_decoders: int) -> ray.data.D
         raw = job.shards.data["shard_format"] == "raw"
         stage = {"fn_kwargs": {"job": job}, "batch_format": "pyarrow", "num_cpus": 0}
         read = source.map_batches(
-            _read_raw if raw else _read_encoded, batch_size=1, compute=TaskPoolStrategy(READ_AHEAD), **stage
+            _read_raw if raw else _read_encoded,
+            batch_size=1,
+            compute=TaskPoolStrategy(min(READ_AHEAD, len(windows))),
+            **stage,
         )
         if raw:
             return read
@@ -242,13 +246,16 @@ def _blocks(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
 
 
 def _ours(error: BaseException | None) -> RaydiffError | None:
-    while error is not None and not isinstance(error, RaydiffError):
+    """The error that a task raised, out of Ray's wrapping (which poses as the class it wraps, and adds lines)."""
+    while error is not None and (isinstance(error, RayError) or not isinstance(error, RaydiffError)):
         error = getattr(error, "cause", None) or error.__cause__
-    return error
+    return None if error is None else type(error)(str(error).partition("\n")[0])
 
 
 def _context(*, preserve_order: bool) -> DataContext:
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    """Ray Data's settings for our pipelines; it also hushes what it says about them."""
+    warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks for", category=UserWarning)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = DataContext.get_current().copy()
     context.execution_options.preserve_order = preserve_order
     context.enable_progress_bars = False
