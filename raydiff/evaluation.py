@@ -227,8 +227,8 @@ class _Worst:
             kind = "miss" if not verdict else "hit" if is_anomaly else "false_alarm"
             rank = -scores[i] if kind == "miss" else scores[i]
             heap = self._heaps[kind]
-            mask = None if batch.masks is None else batch.masks[i]
-            item = (float(rank), -(first_index + i), batch.images[i], mask)
+            mask = None if batch.masks is None else batch.masks[i].copy()
+            item = (float(rank), -(first_index + i), batch.images[i].copy(), mask)
             (heapq.heappush if len(heap) < self._count else heapq.heappushpop)(heap, item)
 
     def chosen(self) -> list[tuple[Any, int, NDArray[np.uint8], NDArray[np.bool_] | None]]:

@@ -55,7 +55,7 @@ def interval_note(groups: Sequence[Group]) -> str:
     images = f"{row.num_normal} normal and {row.num_anomalous} anomalous test images"
     if seeds == [1]:
         return (
-            f"Small figures: 95 % interval over {images} (stratified bootstrap, 2,000 draws; binomial at the"
+            f"Small figures: 95 % interval over {images} (stratified bootstrap; binomial at the"
             f" threshold). They do not hold the spread between training seeds."
         )
     number = count(seeds[-1], "training seed") if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} training seeds"
