@@ -28,6 +28,14 @@ __all__ = ["main"]
 BASELINES = ("isolation_forest", "ocsvm", "copod", "knn")
 
 
+class _Failure(click.ClickException):
+    """An error of raydiff's as click reports it, with its own exit code."""
+
+    def __init__(self, error: RaydiffError) -> None:
+        super().__init__(str(error))
+        self.exit_code = error.exit_code  # type: ignore[misc]
+
+
 class _Group(click.Group):
     """Turns raydiff's errors into one line and their exit code."""
 
@@ -37,9 +45,7 @@ class _Group(click.Group):
         except RaydiffError as error:
             if ctx.params["debug"]:
                 raise
-            failure = click.ClickException(str(error))
-            failure.exit_code = error.exit_code
-            raise failure from error
+            raise _Failure(error) from error
         except KeyboardInterrupt:
             click.echo("\nInterrupted; what was finished is kept.", err=True)
             sys.exit(130)
@@ -52,7 +58,9 @@ def main(debug: bool) -> None:  # noqa: ARG001
     """Image anomaly detection with diffusion models: train on normal images, calibrate, compare, explain."""
 
 
-_set = click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change a config field; repeatable.")
+_set = click.option(
+    "--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change a config field; repeatable."
+)
 _config = click.argument("config", required=False, type=click.Path(path_type=Path))
 
 
@@ -167,7 +175,9 @@ def report(results: Path, out: Path | None, title: str) -> None:
 @main.command()
 @click.option("--data", default="digits", show_default=True, metavar="NAME_OR_PATH", help="Or your own folder.")
 @click.option("--source", metavar="PATH", help="Where the files of a named data set lie.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="[the first free of runs/demo, runs/demo-2 ...]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="[the first free of runs/demo, runs/demo-2 ...]"
+)
 @_set
 def demo(data: str, source: str | None, out: Path | None, overrides: Sequence[str]) -> None:
     """Everything once: shards, training on two workers, calibration, comparison with four baselines, report."""
@@ -186,7 +196,9 @@ def demo(data: str, source: str | None, out: Path | None, overrides: Sequence[st
     try:
         _compare([detector], shards, run_dir, BASELINES)
     except DataError as error:
-        click.echo(f"No comparison: {error}. Score images with: raydiff score {run_dir} PATH --out scores.csv --maps maps")
+        click.echo(
+            f"No comparison: {error}. Score images with: raydiff score {run_dir} PATH --out scores.csv --maps maps"
+        )
     click.echo(f"all of it took {time.monotonic() - started:.0f} s")
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from raydiff.core.diffusion import Diffusion
+from raydiff.core.schedule import NoiseSchedule
 
 __all__ = ["Baseline", "Dataset", "Entry", "Prediction", "Scorer", "Scores", "Space", "Split"]
 
@@ -111,6 +112,14 @@ class Scorer(Protocol):
     Scoring is cut in two, so that settings that need no network can be changed on measured evidence:
     ``measure`` costs network evaluations, ``judge`` does not.
     """
+
+    def timesteps(self, schedule: NoiseSchedule) -> list[int]:
+        """The steps that are looked at.
+
+        Raises:
+            ConfigError: the schedule has too few steps for the options; asked for before training starts.
+        """
+        ...
 
     def num_evaluations(self, model: Diffusion) -> int:
         """NFE: network evaluations per image, counting every class of a conditional model that is tried."""

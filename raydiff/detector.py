@@ -195,12 +195,14 @@ class DiffusionDetector(Detector):
         space: Space = registry.build(
             "spaces", config.space, channels=config.data.channels, image_size=config.data.image_size
         )
+        scorer: Scorer = registry.build("scorers", config.scoring)
+        scorer.timesteps(schedule_of(config))  # refuse what cannot be scored before anything is trained
         return cls(
             config=config,
             provenance={"num_classes": num_classes, **(provenance or {})},
             network=build_denoiser(config, space, num_classes).eval().to(device),
             space=space,
-            scorer=registry.build("scorers", config.scoring),
+            scorer=scorer,
             device=device,
         )
 

@@ -84,7 +84,7 @@ def _run(config: ExperimentConfig, run_dir: Path, shards: ShardSet) -> Any:
         ),
     )
     try:
-        result = trainer.fit()
+        result = _in_a_thread(trainer.fit)
     except TrainingFailedError as error:
         _raise_recorded(run_dir)
         raise WorkerError(f"{run_dir}: {_reason(error)}; resume with: raydiff fit --resume {run_dir}") from error
@@ -94,6 +94,29 @@ def _run(config: ExperimentConfig, run_dir: Path, shards: ShardSet) -> Any:
             f"{run_dir / CHECKPOINTS}: training ended without a checkpoint; see that the place is shared"
         )
     return result.checkpoint
+
+
+def _in_a_thread(call: Callable[[], Any]) -> Any:
+    """The call's result or error, with Ctrl-C left to this thread.
+
+    In the main thread Ray Train takes Ctrl-C over and ends the process with its own exit code. Here it stays a
+    ``KeyboardInterrupt``, and the run ends with the Ray session that the caller shuts down.
+    """
+    outcome: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            outcome["result"] = call()
+        except BaseException as error:  # handed over to the caller, whatever it is
+            outcome["error"] = error
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_POLL_S)
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["result"]
 
 
 def _worker(job: dict[str, Any]) -> None:

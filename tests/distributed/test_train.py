@@ -1,0 +1,161 @@
+"""Ray Train for real: the same losses on one and two workers, kill -9, Ctrl-C, errors that end at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from raydiff.config import ExperimentConfig
+from raydiff.detector import load_detector
+from raydiff.errors import ConfigError, TrainingError
+from raydiff.experiment import fit_locally, open_run
+from raydiff.shards import ShardSet
+from raydiff.tracking import read_metrics
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+
+
+def fit(config: ExperimentConfig, path: Path, shards: ShardSet, on_metrics: Any = lambda _: None) -> dict[int, float]:
+    """The loss at each logged step."""
+    from raydiff.distributed.train import fit
+
+    fit(config, path, shards, on_metrics=on_metrics)
+    return {line["step"]: line["loss"] for line in read_metrics(path) if "loss" in line}
+
+
+def final_weights(path: Path) -> dict[str, torch.Tensor]:
+    return dict(load_detector(path / "artifact").network.state_dict())  # type: ignore[attr-defined]
+
+
+def same(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> bool:
+    return all(torch.equal(left[name], right[name]) for name in left | right)
+
+
+def train_workers() -> list[int]:
+    """Process ids of Ray Train's workers on this machine."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and b"TrainWorker" in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_one_two_and_no_workers_learn_the_same(
+    tiny_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path
+) -> None:
+    """Contract 7. One Ray worker equals the plain loop bit for bit; two differ by rounding."""
+    plain = fit_locally(tiny_config, tmp_path / "plain", digit_shards)
+    expected = {line["step"]: line["loss"] for line in read_metrics(tmp_path / "plain")}
+    one = fit(tiny_config, tmp_path / "one", digit_shards)
+    two = fit(tiny_config.override({"execution.num_workers": 2}), tmp_path / "two", digit_shards)
+    assert one == expected
+    assert same(plain.network.state_dict(), final_weights(tmp_path / "one"))  # type: ignore[attr-defined]
+    assert two == pytest.approx(one, rel=1e-4)
+    torch.testing.assert_close(final_weights(tmp_path / "two"), final_weights(tmp_path / "one"), rtol=1e-2, atol=2e-3)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_streamed_training_equals_cached_training(
+    tiny_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path
+) -> None:
+    cached = fit_locally(tiny_config, tmp_path / "cached", digit_shards)
+    fit(tiny_config.override({"data.cache_mb": 0}), tmp_path / "streamed", digit_shards)
+    assert same(cached.network.state_dict(), final_weights(tmp_path / "streamed"))  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_killed_worker_is_restarted_from_the_last_checkpoint(
+    tiny_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path
+) -> None:
+    config = tiny_config.override(
+        {"training.num_steps": 400, "training.log_every": 10, "training.checkpoint_every": 40}
+    )
+    whole = fit_locally(config, tmp_path / "whole", digit_shards)
+    killed: list[int] = []
+
+    def kill_once(metrics: Mapping[str, Any]) -> None:
+        if metrics["step"] >= 90 and not killed:
+            killed.extend(train_workers())
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+
+    fit(config, tmp_path / "killed", digit_shards, kill_once)
+    notes = [line for line in read_metrics(tmp_path / "killed") if line.get("resumed")]
+    assert killed, "no worker was found to kill"
+    assert len(notes) == 1, notes
+    assert notes[0]["step"] % 40 == 0
+    assert same(whole.network.state_dict(), final_weights(tmp_path / "killed"))  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_divergence_ends_the_run_and_says_where(
+    tiny_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path
+) -> None:
+    wild = tiny_config.override({"training.learning_rate": 1e30, "training.warmup_steps": 0})
+    with pytest.raises(TrainingError, match=r"not a number at step \d+ .*lower training\.learning_rate"):
+        fit(wild, tmp_path, digit_shards)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_more_workers_than_cpus_are_refused(
+    tiny_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"num_workers 16 need 16 CPUs, the cluster has 4; ask for less, or add nodes"
+    ):
+        fit(tiny_config.override({"execution.num_workers": 16}), tmp_path, digit_shards)
+    with pytest.raises(ConfigError, match="need 1 GPUs, the cluster has 0"):
+        fit(tiny_config.override({"execution.use_gpu": True}), tmp_path, digit_shards)
+
+
+def test_ctrl_c_and_resume_equal_an_uninterrupted_run(
+    tiny_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path
+) -> None:
+    """As a user does it: ``raydiff fit``, Ctrl-C after the second checkpoint, ``raydiff fit --resume``."""
+    config = tiny_config.override(
+        {"training.num_steps": 600, "training.checkpoint_every": 40, "training.log_every": 10,
+         "data.shards": digit_shards.uri}
+    )  # fmt: skip
+    whole = fit_locally(config, tmp_path / "whole", digit_shards)
+    path, out = tmp_path / "config.yaml", tmp_path / "cut"
+    path.write_text(yaml.safe_dump(config.to_dict()))
+    command = [sys.executable, "-m", "raydiff", "fit"]
+    # Its own session, as a terminal gives a command its own process group: the signal reaches the command alone.
+    running = subprocess.Popen(
+        [*command, str(path), "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not any(line["step"] >= 90 for line in read_metrics(out)):
+        assert time.monotonic() < deadline, "training did not start"
+        assert running.poll() is None, running.communicate()
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    _, stderr = running.communicate(timeout=60)
+    assert running.returncode == 130, stderr
+    assert f"Go on with: raydiff fit --resume {out}" in stderr
+    assert not (out / "artifact").exists(), "it was interrupted before the end"
+    done = subprocess.run([*command, "--resume", str(out)], capture_output=True, text=True, check=True, timeout=120)
+    assert "resumed at step" in done.stdout
+    assert same(whole.network.state_dict(), final_weights(out))  # type: ignore[attr-defined]
+
+
+def test_a_run_folder_is_not_overwritten(tiny_config: ExperimentConfig, tmp_path: Path) -> None:
+    open_run(tmp_path / "run", tiny_config, resume=False)
+    assert open_run(tmp_path / "run", None, resume=True) == tiny_config
+    with pytest.raises(ConfigError, match="already holds a run; add --resume"):
+        open_run(tmp_path / "run", tiny_config, resume=False)
