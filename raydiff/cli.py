@@ -54,7 +54,7 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(package_name="raydiff")
-def main(debug: bool) -> None:  # noqa: ARG001
+def main(debug: bool) -> None:
     """Image anomaly detection with diffusion models: train on normal images, calibrate, compare, explain."""
 
 
@@ -90,7 +90,7 @@ def prepare(config: Path | None, dataset: str | None, source: str | None, out: s
 @click.option("--resume", type=click.Path(path_type=Path), metavar="DIR", help="Go on with the run in this folder.")
 @_set
 def fit(config: Path | None, out: Path | None, resume: Path | None, overrides: Sequence[str]) -> None:
-    """Train a diffusion model on normal images with Ray Train, and calibrate it.
+    r"""Train a diffusion model on normal images with Ray Train, and calibrate it.
 
     \b
     raydiff fit examples/configs/digits.yaml --out runs/digits

@@ -37,7 +37,7 @@ def digits(normal: str = "8") -> ExperimentConfig:
     return ExperimentConfig().override(
         {
             "data.dataset.normal": [normal],
-            "training.num_steps": 1000,
+            "training.num_steps": 400,
             "scoring.start": 0.1,
             "scoring.stop": 0.6,
             "scoring.blur": 0.0,

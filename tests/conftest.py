@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,12 @@ from raydiff.detector import DiffusionDetector
 from raydiff.experiment import fit_locally, split_batches
 from raydiff.shards import ShardSet, write_shards
 
+os.environ |= {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "OMP_NUM_THREADS": "1",
+}
 torch.set_num_threads(1)
 
 TINY = {
@@ -61,3 +69,12 @@ def detector(run_dir: Path) -> DiffusionDetector:
 def digit_images(tiny_config: ExperimentConfig, digit_shards: ShardSet) -> Tensor:
     """Twenty test images, float32 (20, 1, 8, 8) in [-1, 1]."""
     return next(split_batches(digit_shards, "test", tiny_config))[:20]
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray for all tests that ask for it: two CPUs and the spare ones, 300 MB of object store."""
+    from raydiff.distributed.cluster import connect
+
+    with connect(num_cpus=2, object_store_mb=300):
+        yield

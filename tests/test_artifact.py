@@ -54,7 +54,7 @@ def test_a_half_written_artefact_never_loads(run_dir: Path, tmp_path: Path) -> N
             load_detector(tmp_path / f"first{count}")
     for missing in names[:-1]:
         _copy(artifact, tmp_path / f"without-{missing}", [n for n in names if n != missing])
-        with pytest.raises(ArtifactError, match=f"{missing}: is missing"):
+        with pytest.raises(ArtifactError, match=rf"{missing}: is missing"):
             load_detector(tmp_path / f"without-{missing}")
 
 
@@ -66,7 +66,7 @@ def test_one_changed_byte_is_noticed_in_every_file(run_dir: Path, tmp_path: Path
     data = bytearray((tmp_path / "a" / name).read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / "a" / name).write_bytes(data)
-    with pytest.raises(ArtifactError, match="altered|damaged|truncated|is missing"):
+    with pytest.raises(ArtifactError, match=r"altered|damaged|truncated|is missing"):
         load_detector(tmp_path / "a")
 
 
