@@ -1,0 +1,82 @@
+"""The steps that fit and the benchmarks share; contract 3: nothing of a test label reaches an artefact."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from raydiff.config import ExperimentConfig
+from raydiff.errors import ArtifactError, ConfigError, StorageError
+from raydiff.experiment import artifact_of, fit_baselines, fit_locally, held_out_images, open_run, split_batches
+from raydiff.shards import ShardSet, write_shards
+
+
+def test_changing_test_labels_changes_no_byte_of_the_artefact(tiny_config: ExperimentConfig, tmp_path: Path) -> None:
+    """The same normal images; the test folders swap their names, and one test image goes."""
+    digits = load_digits()
+    for folder, digit, count in (("train/good", 1, 24), ("test/good", 1, 4), ("test/seven", 7, 5)):
+        (tmp_path / "one" / folder).mkdir(parents=True)
+        for i, image in enumerate(digits.images[digits.target == digit][-count:]):
+            Image.fromarray((image * 15.9).astype(np.uint8)).save(tmp_path / "one" / folder / f"{i}.png")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    (tmp_path / "two" / "test" / "good").rename(tmp_path / "two" / "test" / "swap")
+    (tmp_path / "two" / "test" / "seven").rename(tmp_path / "two" / "test" / "good")
+    (tmp_path / "two" / "test" / "swap").rename(tmp_path / "two" / "test" / "seven")
+    (tmp_path / "two" / "test" / "good" / "0.png").unlink()
+    contents = []
+    source = tmp_path / "source"
+    for name in ("one", "two"):
+        (tmp_path / name).rename(source)  # the path is part of the config, so both stand at the same one
+        config = tiny_config.override({"data.dataset": {"name": "folder", "source": str(source)}})
+        shards = write_shards(config.data, str(tmp_path / f"{name}-shards"))
+        detectors = [fit_locally(config, tmp_path / f"{name}-run", shards), *fit_baselines(config, shards, ["knn"])]
+        contents.append([detector.files() for detector in detectors])
+        source.rename(tmp_path / name)
+    assert contents[0] == contents[1]
+    digests = [ShardSet.open(str(tmp_path / f"{name}-shards")).digest for name in ("one", "two")]
+    assert digests[0] != digests[1], "the data sets do differ"
+
+
+def test_every_local_run_gives_the_same_artefact(
+    tiny_config: ExperimentConfig, digit_shards: ShardSet, run_dir: Path, tmp_path: Path
+) -> None:
+    again = fit_locally(tiny_config, tmp_path, digit_shards)
+    assert again.artifact_digest == artifact_digest(run_dir)
+
+
+def artifact_digest(run_dir: Path) -> str:
+    from raydiff.artifact import read_folder
+
+    return read_folder(artifact_of(run_dir)).digest
+
+
+def test_held_out_images_are_the_first_calibration_normals(
+    tiny_config: ExperimentConfig, digit_shards: ShardSet
+) -> None:
+    held_out = held_out_images(tiny_config.override({"training.validation_images": 5}), digit_shards)
+    first = next(split_batches(digit_shards, "calibration", tiny_config))
+    assert held_out.images.equal(first[:5])
+    assert len(held_out.ids) == len(held_out.labels) == 5
+
+
+def test_a_run_folder_begins_once(tiny_config: ExperimentConfig, tmp_path: Path) -> None:
+    open_run(tmp_path / "run", tiny_config, resume=False)
+    assert open_run(tmp_path / "run", None, resume=True) == tiny_config
+    with pytest.raises(ConfigError, match="already holds a run; add --resume"):
+        open_run(tmp_path / "run", tiny_config, resume=False)
+    with pytest.raises(ConfigError, match="holds no run to resume"):
+        open_run(tmp_path / "other", None, resume=True)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="cannot be written"):
+        open_run(tmp_path / "file" / "run", tiny_config, resume=False)
+
+
+def test_artefact_of_a_run_folder_or_itself(run_dir: Path, tmp_path: Path) -> None:
+    assert artifact_of(run_dir) == artifact_of(run_dir / "artifact") == run_dir / "artifact"
+    with pytest.raises(ArtifactError, match="no such folder"):
+        artifact_of(tmp_path / "nothing")
