@@ -1,4 +1,4 @@
-"""``make bench``: the speed benchmarks, one after the other. The accuracy ones need data or time; see docs/RESULTS.md."""
+"""``make bench``: the speed benchmarks, one after the other. Those of accuracy are in docs/RESULTS.md."""
 
 import runpy
 

@@ -63,9 +63,8 @@ def main() -> None:
             found["Ray Train, 2 workers"].append(measure(fit, two))
             print(found, flush=True)
     print(f"\n{hardware('cpu')}; commit {source_commit()}; {arguments.repeats} turns of {arguments.steps} steps\n")
-    print(
-        "| | images/s, median [min, max] | over the plain loop, median [min, max] | start-up and the rest, s |\n|---|---|---|---|"
-    )
+    head = ["", "images/s, median [min, max]", "over the plain loop", "start-up and the rest, s"]
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for name, runs in found.items():
         speeds = [speed for speed, _ in runs]
         ratios = [speed / plain for (speed, _), (plain, _) in zip(runs, found["plain loop"], strict=True)]

@@ -306,7 +306,7 @@ def test_fields_without_effect_are_the_ones_that_cannot_move_a_score():
     """Frozen here, so that adding one to the list is a decision: each is left out of the digest."""
     without = {p for p, _ in leaves(ExperimentConfig()) if (field_at(ExperimentConfig(), p).json_schema_extra or {})}
     assert without == {
-        "data.cache_mb", "data.shard_format", "data.shard_mb",
+        "data.cache_mb", "data.shard_format", "data.shard_mb", "data.shards",
         "execution.cpus_per_worker", "execution.max_failures", "execution.num_workers",
         "execution.scoring_batch_size", "execution.use_gpu",
         "training.checkpoint_every", "training.keep_checkpoints", "training.log_every", "training.validate_every",
