@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import safetensors
 import safetensors.torch
@@ -120,17 +120,23 @@ def read_folder(path: str | Path) -> Folder:
     try:
         raw = (path / "manifest.json").read_bytes()
         manifest = json.loads(raw)
-        version, kind, files = manifest["format_version"], manifest["kind"], manifest["files"]
+        version = manifest["format_version"]
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise ArtifactError(
+                f"{path}: has format version {version}; this raydiff reads up to {FORMAT_VERSION}, so upgrade raydiff"
+            )
+        kind, files = manifest["kind"], manifest["files"]
+        if raw != encode_json({"format_version": version, "kind": kind, "files": files}) or not (
+            version == FORMAT_VERSION and kind in get_args(Kind)
+        ):
+            raise ValueError("it is not as it was written")
+        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: has no manifest.json, so it was never finished; save it again") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path / 'manifest.json'}: is damaged ({error}); save the artefact again") from error
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ArtifactError(
-            f"{path}: has format version {version}; this raydiff reads up to {FORMAT_VERSION}, so upgrade raydiff"
-        )
-    for name, expected in files.items():
-        _verify(path / name, expected)
+    for name, (size, digest) in expected.items():
+        _verify(path / name, size, digest)
     return Folder(path, kind, hashlib.sha256(raw).hexdigest(), frozenset(files))
 
 
@@ -162,16 +168,16 @@ def _put_in_place(temporary: Path, path: Path) -> None:
     shutil.rmtree(aside.parent, ignore_errors=True)
 
 
-def _verify(path: Path, expected: Mapping[str, Any]) -> None:
+def _verify(path: Path, expected_size: int, expected_digest: str) -> None:
     try:
         size = path.stat().st_size
     except OSError as error:
         raise ArtifactError(f"{path}: is missing ({error.strerror}); copy the whole folder again") from error
-    if size != expected["bytes"]:
+    if size != expected_size:
         raise ArtifactError(
-            f"{path}: is truncated or was changed ({size} bytes, the manifest says {expected['bytes']}); copy it again"
+            f"{path}: is truncated or was changed ({size} bytes, the manifest says {expected_size}); copy it again"
         )
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != expected["sha256"]:
+    if digest != expected_digest:
         raise ArtifactError(f"{path}: was altered (its SHA-256 is not the manifest's); copy it again")

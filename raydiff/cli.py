@@ -9,13 +9,13 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from raydiff.errors import ConfigError, DataError, RaydiffError
+from raydiff.errors import ConfigError, RaydiffError
 
 if TYPE_CHECKING:
     from raydiff.config import DataConfig, ExperimentConfig
@@ -34,6 +34,18 @@ class _Failure(click.ClickException):
     def __init__(self, error: RaydiffError) -> None:
         super().__init__(str(error))
         self.exit_code = error.exit_code  # type: ignore[misc]
+
+
+class _Folder(click.Path):
+    """A local path; says so when it is given a URI."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if "://" in str(value):
+            raise ConfigError(f"{value}: must be a local path; only shards can lie elsewhere (raydiff prepare --out)")
+        return super().convert(value, param, ctx)
 
 
 class _Group(click.Group):
@@ -61,7 +73,7 @@ def main(debug: bool) -> None:
 _set = click.option(
     "--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change a config field; repeatable."
 )
-_config = click.argument("config", required=False, type=click.Path(path_type=Path))
+_config = click.argument("config", required=False, type=_Folder())
 
 
 @main.command()
@@ -86,8 +98,8 @@ def prepare(config: Path | None, dataset: str | None, source: str | None, out: s
 
 @main.command()
 @_config
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The run's folder; must be new.")
-@click.option("--resume", type=click.Path(path_type=Path), metavar="DIR", help="Go on with the run in this folder.")
+@click.option("--out", type=_Folder(), metavar="DIR", help="The run's new folder [runs/CONFIG].")
+@click.option("--resume", type=_Folder(), metavar="DIR", help="Go on with the run in this folder.")
 @_set
 def fit(config: Path | None, out: Path | None, resume: Path | None, overrides: Sequence[str]) -> None:
     r"""Train a diffusion model on normal images with Ray Train, and calibrate it.
@@ -98,43 +110,43 @@ def fit(config: Path | None, out: Path | None, resume: Path | None, overrides: S
     """
     from raydiff.experiment import open_run
 
-    if (out is None) == (resume is None):
-        raise ConfigError("give --out for a new run, or --resume for one that was interrupted")
-    if resume is not None and (config is not None or overrides):
-        raise ConfigError("--resume takes the run's own config.yaml; leave out the config and --set")
-    run_dir = resume or out
-    assert run_dir is not None  # noqa: S101
+    if resume is not None and (config is not None or out is not None or overrides):
+        raise ConfigError("--resume takes the run's own config.yaml and folder; leave out the config, --out and --set")
+    run_dir = resume or out or _first_free(Path("runs") / (config.stem if config else "digits"))
     experiment = open_run(run_dir, None if resume else _load(config, overrides), resume=resume is not None)
     detector = _fitted(experiment, run_dir)
     _say_fitted(detector, run_dir)
 
 
 @main.command()
-@click.argument("artefact", type=click.Path(path_type=Path))
+@click.argument("artefact", type=_Folder())
 @click.argument("dataset", required=False)
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where results go [the run's folder].")
+@click.option("--out", type=_Folder(), metavar="DIR", help="Where results go [the run's folder].")
 @click.option("--baselines/--no-baselines", default=False, help="Also fit and evaluate the classic detectors.")
-def evaluate(artefact: Path, dataset: str | None, out: Path | None, baselines: bool) -> None:
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+def evaluate(artefact: Path, dataset: str | None, out: Path | None, baselines: bool, device: str) -> None:
     """Measure an artefact on the test split of DATASET and write results.jsonl and report.html.
 
     DATASET is a folder of shards, a folder of images (MVTec-AD layout), or a data set's name; by default the data the
-    run was trained on.
+    run was trained on. Baselines are fitted on what the run was trained on.
     """
     from raydiff.detector import load_detector
     from raydiff.experiment import artifact_of
 
     folder = artifact_of(artefact)
-    detector = load_detector(folder)
+    detector = load_detector(folder, device=device)
     place = out or folder.parent
-    shards = _test_data(dataset, detector.config, place)
-    _compare([detector], shards, place, BASELINES if baselines else ())
+    own = _shards_of(detector.config, folder.parent) if dataset is None or baselines else None
+    shards = own if dataset is None else _test_data(dataset, detector.config, place)
+    assert shards is not None  # noqa: S101
+    _compare(detector, shards, place, own if baselines else None)
 
 
 @main.command()
-@click.argument("artefact", type=click.Path(path_type=Path))
+@click.argument("artefact", type=_Folder())
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="scores.csv, .jsonl or .parquet.")
-@click.option("--maps", "maps_dir", type=click.Path(path_type=Path), metavar="DIR", help="Also write heat maps.")
+@click.option("--out", required=True, type=_Folder(), help="scores.csv, .jsonl or .parquet.")
+@click.option("--maps", "maps_dir", type=_Folder(), metavar="DIR", help="Also write heat maps.")
 @click.option("--target-fpr", type=float, help="Another false-positive rate, from the same calibration.")
 @click.option("--skip-bad", is_flag=True, help="Write a row with the error for an unreadable image, and go on.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
@@ -159,8 +171,8 @@ def score(
 
 
 @main.command()
-@click.argument("results", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="[report.html beside RESULTS]")
+@click.argument("results", type=_Folder())
+@click.option("--out", type=_Folder(), metavar="FILE", help="[report.html beside RESULTS]")
 @click.option("--title", default="raydiff results", show_default=True)
 def report(results: Path, out: Path | None, title: str) -> None:
     """Draw the report of a results.jsonl again, as one HTML file that needs nothing else."""
@@ -175,9 +187,7 @@ def report(results: Path, out: Path | None, title: str) -> None:
 @main.command()
 @click.option("--data", default="digits", show_default=True, metavar="NAME_OR_PATH", help="Or your own folder.")
 @click.option("--source", metavar="PATH", help="Where the files of a named data set lie.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), metavar="DIR", help="[the first free of runs/demo, runs/demo-2 ...]"
-)
+@click.option("--out", type=_Folder(), metavar="DIR", help="[the first free of runs/demo, runs/demo-2 ...]")
 @_set
 def demo(data: str, source: str | None, out: Path | None, overrides: Sequence[str]) -> None:
     """Everything once: shards, training on two workers, calibration, comparison with four baselines, report."""
@@ -188,17 +198,18 @@ def demo(data: str, source: str | None, out: Path | None, overrides: Sequence[st
     started = time.monotonic()
     config = recipe(data, source).override(overrides)
     run_dir = out or _first_free(Path("runs") / ("demo" if data == "digits" else f"demo-{Path(data).name}"))
-    open_run(run_dir, config, resume=False)
+    config = open_run(run_dir, config, resume=False)
     with connect():
         detector = _fitted(config, run_dir)
     _say_fitted(detector, run_dir)
     shards = _shards_of(config, run_dir)
-    try:
-        _compare([detector], shards, run_dir, BASELINES)
-    except DataError as error:
+    if shards.can_be_tested:
+        _compare(detector, shards, run_dir, shards)
+    else:
         click.echo(
-            f"No comparison: {error}. Score images with: raydiff score {run_dir} PATH --out scores.csv --maps maps"
+            "There are no labelled test images (test/good, test/<defect>), so nothing is compared. Score images:"
         )
+        click.echo(f"  raydiff score {run_dir} PATH... --out scores.csv --maps maps")
     click.echo(f"all of it took {time.monotonic() - started:.0f} s")
 
 
@@ -220,17 +231,25 @@ def _prepared(data: DataConfig, place: str) -> ShardSet:
 
 
 def _shards_of(config: ExperimentConfig, run_dir: Path) -> ShardSet:
-    """The run's shards: those the config names, or its own, written if need be."""
-    return _prepared(config.data, config.data.shards or str(run_dir / "shards"))
+    """The run's shards, those the config names or its own: taken as they are when finished, else written.
+
+    Finished shards are never written again here, so other data cannot replace them, and their source may be gone.
+    """
+    from raydiff.shards import ShardSet
+
+    place = config.data.shards or str(run_dir / "shards")
+    if not ShardSet.is_finished(place):
+        return _prepared(config.data, place)
+    shards = ShardSet.open(place)
+    shards.check(config.data)
+    return shards
 
 
-def _test_data(dataset: str | None, config: ExperimentConfig, place: Path) -> ShardSet:
+def _test_data(dataset: str, config: ExperimentConfig, place: Path) -> ShardSet:
     """The shards meant by DATASET, written under ``place`` where it is a folder of images or a name."""
     from raydiff import registry
     from raydiff.shards import ShardSet
 
-    if dataset is None:
-        return _shards_of(config, place)
     if "://" in dataset or (Path(dataset) / "manifest.json").exists():
         return ShardSet.open(dataset)
     if Path(dataset).is_dir():
@@ -276,8 +295,8 @@ def _say_fitted(detector: Detector, run_dir: Path) -> None:
     click.echo(f"artefact: {run_dir / 'artifact'} ({(detector.artifact_digest or '')[:12]})")
 
 
-def _compare(detectors: Iterable[Detector], shards: ShardSet, place: Path, baselines: Sequence[str]) -> None:
-    """Evaluate, print the table, write results and report."""
+def _compare(detector: Detector, shards: ShardSet, place: Path, baselines_from: ShardSet | None) -> None:
+    """Evaluate, print the table, write results and report; with baselines fitted on ``baselines_from``."""
     from raydiff.evaluation import evaluate as measure
     from raydiff.experiment import fit_baselines
     from raydiff.report import write_report
@@ -285,14 +304,14 @@ def _compare(detectors: Iterable[Detector], shards: ShardSet, place: Path, basel
 
     command = shlex.join(["raydiff", *sys.argv[1:]])
     evaluations: list[Evaluation] = []
-    first: Detector | None = None
-    for detector in detectors:
-        first = first or detector
-        evaluations.append(measure(detector, shards, command=command, progress=_progress(f"scored {detector.name}")))
-    if first is not None:
-        for baseline in fit_baselines(first.config, shards, baselines):
-            saved = baseline.save(place / "baselines" / baseline.name, overwrite=True)
-            evaluations.append(measure(saved, shards, command=command, progress=_progress(f"scored {saved.name}")))
+
+    def add(one: Detector) -> None:
+        evaluations.append(measure(one, shards, command=command, progress=_progress(f"scored {one.name}")))
+
+    add(detector)
+    if baselines_from is not None:
+        for baseline in fit_baselines(detector.config, baselines_from, BASELINES):
+            add(baseline.save(place / "baselines" / baseline.name, overwrite=True))
     results = place / "results.jsonl"
     save_evaluations(results, evaluations)
     click.echo(_table(evaluations))

@@ -30,6 +30,8 @@ from raydiff.images import ImageSpec
 
 __all__ = ["BaselineDetector", "Detector", "DiffusionDetector", "build_denoiser", "load_detector", "schedule_of"]
 
+_MIN_CALIBRATION = 4
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Detector(ABC):
@@ -248,9 +250,12 @@ class DiffusionDetector(Detector):
         """
         batches = [images] if isinstance(images, Tensor) else images
         evidence = torch.cat([self._measured(batch) for batch in batches])
+        if len(evidence) < _MIN_CALIBRATION:
+            raise ConfigError(
+                f"{len(evidence)} calibration image(s); a threshold needs at least {_MIN_CALIBRATION}, better 20 or"
+                " more: raise data.calibration_fraction, or add normal images"
+            )
         folds = min(self.config.calibration.folds, len(evidence))
-        if folds < 2:
-            raise ConfigError(f"{len(evidence)} calibration image(s); a threshold needs at least 2, better 20 or more")
         size = self.config.data.image_size
         parts: dict[int, Scores] = {}
         for rows in _folds(len(evidence), folds):
@@ -340,8 +345,7 @@ def load_detector(path: str | Path, *, device: str = "cpu") -> Detector:
         ArtifactError: the folder is missing, unfinished, truncated, altered, or of a newer format.
         ConfigError: ``device`` is not there.
     """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device is {device!r} and there is no such GPU here; use device='cpu'")
+    _check_device(device)
     folder = read_folder(path)
     content = folder.json("config.json")
     try:
@@ -354,6 +358,17 @@ def load_detector(path: str | Path, *, device: str = "cpu") -> Detector:
         raise ArtifactError(
             f"{folder.path}: does not hold a detector ({' '.join(str(error).split())[:200]})"
         ) from error
+
+
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = "unknown"
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {device!r}; use cpu or cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device is {device!r} and there is no such GPU here; use cpu")
 
 
 def build_denoiser(config: ExperimentConfig, space: Space, num_classes: int) -> nn.Module:
@@ -377,8 +392,8 @@ def _load_diffusion(folder: Folder, config: ExperimentConfig, provenance: Mappin
         config, num_classes=int(provenance["num_classes"]), provenance=provenance, device=device
     )
     weights = folder.tensors("weights.safetensors")
-    prefix = "denoiser."
-    detector.network.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+    detector.network.load_state_dict(tensors_below("denoiser.", weights))
+    detector.space.load_state(tensors_below("space.", weights))
     calibration = _load_calibration(folder)
     statistics = folder.tensors("statistics.safetensors") if calibration is not None else {}
     return replace(detector, calibration=calibration, statistics=statistics, artifact_digest=folder.digest)
@@ -399,6 +414,11 @@ def _load_calibration(folder: Folder) -> Calibration | None:
     if "calibration.json" not in folder.files:
         return None
     return Calibration.from_dict(folder.json("calibration.json"))
+
+
+def tensors_below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose name begins with ``prefix``, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _folds(count: int, folds: int) -> Iterator[Tensor]:

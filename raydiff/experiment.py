@@ -22,7 +22,7 @@ from torch import Tensor
 
 from raydiff.artifact import read_folder
 from raydiff.config import ExperimentConfig, component_options, load_config
-from raydiff.detector import BaselineDetector, Detector, load_detector
+from raydiff.detector import BaselineDetector, Detector, DiffusionDetector, load_detector
 from raydiff.errors import ConfigError, DataError, StorageError
 from raydiff.images import ImageSpec, to_tensor
 from raydiff.provenance import versions
@@ -35,6 +35,7 @@ __all__ = [
     "ARTIFACT",
     "CONFIG",
     "artifact_of",
+    "begin_run",
     "cached",
     "calibrated",
     "finish",
@@ -51,26 +52,52 @@ _MAX_BASELINE_IMAGES = 10_000
 
 
 def open_run(run_dir: Path, config: ExperimentConfig | None, *, resume: bool) -> ExperimentConfig:
-    """Begin a run folder, or take one up again; gives the config it runs with.
+    """The config that a new run in this folder begins with, its local paths absolute, or that of the run to resume.
+
+    Nothing is written but the folder: :func:`begin_run` does it when all has been checked.
 
     Raises:
         ConfigError: a new run's folder already holds a run, or a run to resume is not there.
-        StorageError: the folder cannot be written.
+        StorageError: the folder cannot be made.
     """
     path = run_dir / CONFIG
     if resume:
-        if not path.exists():
+        if not path.exists() or not path.stat().st_size:
             raise ConfigError(f"{run_dir}: holds no run to resume ({CONFIG} is missing); give the folder of a run")
         return load_config(path)
     if path.exists():
         raise ConfigError(f"{run_dir}: already holds a run; add --resume to go on with it, or choose another --out")
-    config = config or ExperimentConfig()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
     except OSError as error:
         raise StorageError(f"{run_dir}: cannot be written ({error.strerror}); choose another --out") from error
-    return config
+    return _with_absolute_paths(config or ExperimentConfig())
+
+
+def begin_run(run_dir: Path, config: ExperimentConfig, shards: ShardSet) -> None:
+    """Check that the config, the shards and the components fit together, and write ``config.yaml``.
+
+    Raises:
+        ConfigError, DataError: they do not.
+        StorageError: the folder cannot be written.
+    """
+    shards.check(config.data)
+    DiffusionDetector.create(config, num_classes=len(shards.normal_classes))
+    temporary = run_dir / f".{CONFIG}.tmp"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+        temporary.replace(run_dir / CONFIG)
+    except OSError as error:
+        raise StorageError(f"{run_dir}: cannot be written ({error.strerror}); choose another --out") from error
+
+
+def _with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
+    """A run can be resumed from another working directory, and its workers have their own."""
+    places = {"data.shards": config.data.shards, "data.dataset.source": getattr(config.data.dataset, "source", None)}
+    return config.override(
+        {path: str(Path(place).resolve()) for path, place in places.items() if place and "://" not in place}
+    )
 
 
 def split_batches(shards: ShardSet, split: Any, config: ExperimentConfig) -> Iterator[Tensor]:
@@ -137,13 +164,13 @@ def fit_locally(
     on_metrics: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Detector:
     """Train in this process, calibrate and save; goes on from the newest checkpoint in ``run_dir`` if there is one."""
-    shards.check(config.data)
+    begin_run(run_dir, config, shards)
     log = MetricsLog(run_dir, batch_size=config.training.batch_size)
 
     def record(metrics: Mapping[str, Any]) -> None:
-        log(metrics)
-        if on_metrics is not None:
-            on_metrics(metrics)
+        line = log(metrics)
+        if line is not None and on_metrics is not None:
+            on_metrics(line)
 
     runtime = LocalRuntime(run_dir, device, config.training.keep_checkpoints, record)
     provenance = provenance_of(shards)

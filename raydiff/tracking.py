@@ -18,8 +18,9 @@ METRICS = "metrics.jsonl"
 class MetricsLog:
     """Appends lines to ``run_dir/metrics.jsonl`` and scalars to ``run_dir/tensorboard``.
 
-    After a restart the lines at and after the step that it resumes from are taken out first, so that the file reads as
-    if nothing had happened, and one line says how many images are repeated.
+    A run begins with ``{"step": s, "resumed": True}``. When that is a restart, the lines after step s are taken out,
+    so that the file reads as if nothing had happened, and the line stays to say how many images are repeated: those up
+    to the last step that was logged, and at most one log interval more.
     """
 
     def __init__(self, run_dir: Path, *, batch_size: int) -> None:
@@ -29,11 +30,13 @@ class MetricsLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._board = SummaryWriter(str(run_dir / "tensorboard"))
 
-    def __call__(self, metrics: Mapping[str, Any]) -> None:
-        """Record one line; ``{"step": s, "resumed": True}`` marks a restart from the checkpoint of step s."""
+    def __call__(self, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Record one line and give it back; None for the beginning of a run that is new."""
         line = dict(metrics)
         try:
             if line.get("resumed"):
+                if not self._path.exists():
+                    return None
                 line["images_repeated"] = self._rewind(line["step"]) * self._batch_size
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -43,12 +46,15 @@ class MetricsLog:
             if name not in ("step", "resumed"):
                 self._board.add_scalar(name, value, line["step"])
         self._board.flush()
+        return line
 
     def _rewind(self, step: int) -> int:
         """Drop the lines after ``step``; how many steps were logged beyond it."""
         lines = list(read_metrics(self._path.parent))
         kept = [line for line in lines if line["step"] <= step]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(self._path)
         return max([line["step"] for line in lines], default=step) - step if len(kept) < len(lines) else 0
 
 
@@ -65,7 +71,8 @@ def progress_line(metrics: Mapping[str, Any], num_steps: int, batch_size: int) -
     """One line for a person: step, loss, speed and the time left, or what a restart repeats."""
     step = metrics["step"]
     if metrics.get("resumed"):
-        return f"resumed at step {step}/{num_steps}; {metrics.get('images_repeated', 0)} images are seen again"
+        repeated = metrics.get("images_repeated", 0)
+        return f"resumed at step {step}/{num_steps}; {repeated} images or little more are seen again"
     parts = [f"step {step}/{num_steps}", f"{100 * step // num_steps:3d} %", f"loss {metrics['loss']:.4f}"]
     if "held_out_loss" in metrics:
         parts.append(f"held-out {metrics['held_out_loss']:.4f}")

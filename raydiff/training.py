@@ -24,7 +24,7 @@ from raydiff.config import ExperimentConfig, TrainingConfig
 from raydiff.core.diffusion import keyed_seed
 from raydiff.core.objective import diffusion_loss, loss_weights
 from raydiff.core.schedule import target
-from raydiff.detector import DiffusionDetector, build_denoiser, schedule_of
+from raydiff.detector import DiffusionDetector, schedule_of, tensors_below
 from raydiff.errors import ArtifactError, TrainingError
 from raydiff.images import to_tensor
 from raydiff.runtime import Runtime
@@ -79,7 +79,7 @@ def train(
 
     Raises:
         TrainingError: the loss or a gradient is not a number; the message says at which step.
-        ArtifactError: the checkpoint to resume from belongs to another config or world.
+        ArtifactError: the checkpoint to resume from is damaged, or belongs to another config or other images.
         StorageError: a checkpoint cannot be written; the one before is still there.
     """
     started = time.monotonic()
@@ -87,7 +87,7 @@ def train(
     with runtime.latest() as checkpoint:
         if checkpoint is not None:
             loop.resume(checkpoint)
-            runtime.report({"step": loop.step, "resumed": True})
+    runtime.report({"step": loop.step, "resumed": True})
     first, settings = loop.step, config.training
     batches = stream(first) if first < settings.num_steps else iter(())
     metrics: dict[str, Any] = {}
@@ -123,10 +123,9 @@ class _Loop:
     ) -> None:
         self.config, self.runtime, self.provenance = config, runtime, provenance
         self.schedule = schedule_of(config)
-        detector = DiffusionDetector.create(config, num_classes=num_classes)
-        self.space = detector.space
-        self.num_classes = detector.model.num_classes
-        self.network = build_denoiser(config, self.space, num_classes).train().to(runtime.device)
+        detector = DiffusionDetector.create(config, num_classes=num_classes, device=runtime.device)
+        self.space, self.num_classes = detector.space, detector.model.num_classes
+        self.network = detector.network.train()
         if config.training.channels_last:
             self.network = self.network.to(memory_format=torch.channels_last)
         average = get_ema_multi_avg_fn(config.training.ema_decay)  # type: ignore[no-untyped-call]
@@ -217,7 +216,11 @@ class _Loop:
         state["average.n_averaged"] = self.average.n_averaged
         for index, values in self.optimiser.state_dict()["state"].items():
             state |= {f"optimiser.{index}.{k}": torch.as_tensor(v) for k, v in values.items()}
-        position = {"step": self.step, "world_size": self.runtime.world_size, "digest": self.config.digest()}
+        position = {
+            "step": self.step,
+            "digest": self.config.digest(),
+            "data_digest": self.provenance.get("data_digest"),
+        }
         extra = {"training.safetensors": encode_tensors(state), "training.json": encode_json(position)}
         write_folder(path, "checkpoint", detector.files() | extra)
 
@@ -225,7 +228,7 @@ class _Loop:
         """Take over a checkpoint's state.
 
         Raises:
-            ArtifactError: it is damaged, or belongs to another config.
+            ArtifactError: it is damaged, or belongs to another config or other images.
         """
         folder = read_folder(path)
         if folder.kind != "checkpoint":
@@ -235,13 +238,17 @@ class _Loop:
             raise ArtifactError(
                 f"{path}: was written by a run with another config; resume with that run's config.yaml, or start anew"
             )
+        if position["data_digest"] != self.provenance.get("data_digest"):
+            raise ArtifactError(
+                f"{path}: was trained on other images than there are now; restore the data set, or start a new run"
+            )
         state = folder.tensors("training.safetensors")
-        self.network.load_state_dict(_below("network.", state))
-        weights = _below("denoiser.", folder.tensors("weights.safetensors"))
+        self.network.load_state_dict(tensors_below("network.", state))
+        weights = tensors_below("denoiser.", folder.tensors("weights.safetensors"))
         self.average.module.load_state_dict(weights)
         self.average.n_averaged.copy_(state["average.n_averaged"])
         moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in _below("optimiser.", state).items():
+        for name, value in tensors_below("optimiser.", state).items():
             index, key = name.split(".", 1)
             moments.setdefault(int(index), {})[key] = value
         groups = self.optimiser.state_dict()["param_groups"]
@@ -288,10 +295,6 @@ class _Loop:
     def _no_sync(self) -> AbstractContextManager[Any]:
         no_sync = getattr(self.wrapped, "no_sync", None)
         return no_sync() if no_sync is not None else nullcontext()
-
-
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _split(batch: TrainingBatch, parts: int) -> list[TrainingBatch]:

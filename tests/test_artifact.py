@@ -70,6 +70,18 @@ def test_one_changed_byte_is_noticed_in_every_file(run_dir: Path, tmp_path: Path
         load_detector(tmp_path / "a")
 
 
+def test_no_changed_byte_of_the_manifest_passes(tmp_path: Path) -> None:
+    """Every byte, one bit: a clear error and never a traceback of another kind."""
+    write_folder(tmp_path / "a", "artifact", FILES)
+    manifest = tmp_path / "a" / "manifest.json"
+    good = manifest.read_bytes()
+    for position in range(len(good)):
+        for bit in (0, 4):
+            manifest.write_bytes(good[:position] + bytes([good[position] ^ 1 << bit]) + good[position + 1 :])
+            with pytest.raises(ArtifactError):
+                read_folder(tmp_path / "a")
+
+
 def test_truncated_file_is_named(run_dir: Path, tmp_path: Path) -> None:
     _copy(run_dir / "artifact", tmp_path / "a", [p.name for p in (run_dir / "artifact").iterdir()])
     weights = tmp_path / "a" / "weights.safetensors"
@@ -81,7 +93,8 @@ def test_truncated_file_is_named(run_dir: Path, tmp_path: Path) -> None:
 def test_newer_format_says_upgrade(tmp_path: Path) -> None:
     write_folder(tmp_path / "a", "artifact", FILES)
     manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
-    (tmp_path / "a" / "manifest.json").write_text(json.dumps(manifest | {"format_version": FORMAT_VERSION + 1}))
+    newer = manifest | {"format_version": FORMAT_VERSION + 1, "written_by": "a later raydiff"}
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps(newer))
     with pytest.raises(ArtifactError, match=f"format version {FORMAT_VERSION + 1}; .*upgrade raydiff"):
         read_folder(tmp_path / "a")
 

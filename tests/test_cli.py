@@ -121,6 +121,22 @@ def test_own_folder_prepare_fit_evaluate_score_report(parts: Path, tmp_path: Pat
 
 @pytest.mark.distributed
 @pytest.mark.usefixtures("ray_cluster")
+def test_prepared_shards_are_never_replaced_and_need_no_source(parts: Path, tmp_path: Path) -> None:
+    shards, out = tmp_path / "shards", tmp_path / "run"
+    run("prepare", "--out", shards, *folder_config(parts))
+    before = ShardSet.open(str(shards)).digest
+    message = refused(1, "fit", "--out", out, *QUICK, "--set", f"data.shards={shards}")  # the data set was forgotten
+    assert "was prepared with data.dataset" in message
+    assert ShardSet.open(str(shards)).digest == before
+    config = folder_config(parts)
+    parts.rename(tmp_path / "moved")
+    fitted = run("fit", "--out", out, *QUICK, *config, "--set", f"data.shards={shards}")
+    assert fitted.exit_code == 0, fitted.output
+    assert "already holds a run" in refused(2, "fit", "--out", out, *QUICK)
+
+
+@pytest.mark.distributed
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_truncated_image_stops_before_training_or_is_counted(parts: Path, tmp_path: Path) -> None:
     bad = parts / "train" / "good" / "003.png"
     bad.write_bytes(bad.read_bytes()[:80])
@@ -185,7 +201,7 @@ def test_commands_that_cannot_be_used(run_dir: Path, tmp_path: Path) -> None:
     assert "training.num_steps is 'many'" in refused(2, "fit", "--out", out, "--set", "training.num_steps=many")
     assert "did you mean 'unet'?" in refused(2, "fit", "--out", out, "--set", "denoiser=unett")
     assert "holds no run to resume" in refused(2, "fit", "--resume", out)
-    assert "--out for a new run, or --resume" in refused(2, "fit")
+    assert "must be a local path" in refused(2, "fit", "--out", "s3://bucket/run")
     assert "leave out the config" in refused(2, "fit", "--resume", run_dir, "--set", "seed=1")
     assert "is neither a folder nor" in refused(2, "demo", "--data", "digitz", "--out", out)
     assert "no such folder" in refused(1, "score", tmp_path / "no", tmp_path, "--out", tmp_path / "s.csv")
@@ -195,6 +211,6 @@ def test_commands_that_cannot_be_used(run_dir: Path, tmp_path: Path) -> None:
 
 
 def test_debug_shows_the_traceback() -> None:
-    result = CliRunner().invoke(main, ["--debug", "fit"])
+    result = CliRunner().invoke(main, ["--debug", "fit", "--resume", "nowhere"])
     assert result.exception is not None
     assert type(result.exception).__name__ == "ConfigError"

@@ -171,9 +171,9 @@ def test_calibration_takes_batches(detector: DiffusionDetector, digit_images: Te
     assert whole.files()["statistics.safetensors"] == parts.files()["statistics.safetensors"]
 
 
-def test_one_image_is_no_calibration(detector: DiffusionDetector, digit_images: Tensor) -> None:
-    with pytest.raises(ConfigError, match="needs at least 2"):
-        detector.calibrate(digit_images[:1])
+def test_three_images_are_no_calibration(detector: DiffusionDetector, digit_images: Tensor) -> None:
+    with pytest.raises(ConfigError, match="needs at least 4"):
+        detector.calibrate(digit_images[:3])
 
 
 def test_another_target_rate_needs_no_scoring(detector: DiffusionDetector) -> None:
@@ -188,6 +188,12 @@ def test_a_gpu_that_is_not_there(run_dir: Path) -> None:
         pytest.skip("this machine has a GPU")
     with pytest.raises(ConfigError, match="no such GPU here"):
         load_detector(run_dir / "artifact", device="cuda")
+
+
+@pytest.mark.parametrize("device", ["tpu", "mps", "gpu"])
+def test_a_device_that_is_none(run_dir: Path, device: str) -> None:
+    with pytest.raises(ConfigError, match=f"device is '{device}'; use cpu or cuda"):
+        load_detector(run_dir / "artifact", device=device)
 
 
 def test_weights_follow_from_the_seed_alone(tiny_config: ExperimentConfig) -> None:

@@ -11,8 +11,16 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from raydiff.config import ExperimentConfig
-from raydiff.errors import ArtifactError, ConfigError, StorageError
-from raydiff.experiment import artifact_of, fit_baselines, fit_locally, held_out_images, open_run, split_batches
+from raydiff.errors import ArtifactError, ConfigError, DataError, StorageError
+from raydiff.experiment import (
+    artifact_of,
+    begin_run,
+    fit_baselines,
+    fit_locally,
+    held_out_images,
+    open_run,
+    split_batches,
+)
 from raydiff.shards import ShardSet, write_shards
 
 
@@ -64,16 +72,44 @@ def test_held_out_images_are_the_first_calibration_normals(
     assert len(held_out.ids) == len(held_out.labels) == 5
 
 
-def test_a_run_folder_begins_once(tiny_config: ExperimentConfig, tmp_path: Path) -> None:
-    open_run(tmp_path / "run", tiny_config, resume=False)
-    assert open_run(tmp_path / "run", None, resume=True) == tiny_config
+def test_a_run_folder_begins_once(tiny_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path) -> None:
+    config = open_run(tmp_path / "run", tiny_config, resume=False)
+    assert open_run(tmp_path / "run", tiny_config, resume=False) == config, "nothing has begun yet"
+    begin_run(tmp_path / "run", config, digit_shards)
+    assert open_run(tmp_path / "run", None, resume=True) == config
     with pytest.raises(ConfigError, match="already holds a run; add --resume"):
         open_run(tmp_path / "run", tiny_config, resume=False)
     with pytest.raises(ConfigError, match="holds no run to resume"):
         open_run(tmp_path / "other", None, resume=True)
+    (tmp_path / "run" / "config.yaml").write_text("")
+    with pytest.raises(ConfigError, match="holds no run to resume"):
+        open_run(tmp_path / "run", None, resume=True)
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match="cannot be written"):
         open_run(tmp_path / "file" / "run", tiny_config, resume=False)
+
+
+def test_what_does_not_fit_together_does_not_begin(
+    tiny_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path
+) -> None:
+    for path, value, error in (
+        ("data.image_size", [9, 9], ConfigError),
+        ("data.calibration_fraction", 0.5, DataError),
+        ("scoring", {"name": "reconstruction", "num_inference_steps": 500}, ConfigError),
+    ):
+        with pytest.raises(error):
+            begin_run(tmp_path / "run", tiny_config.override({path: value}), digit_shards)
+    assert not (tmp_path / "run").exists()
+
+
+def test_local_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = ExperimentConfig().override({"data.dataset": {"name": "folder", "source": "parts"}, "data.shards": "s"})
+    begun = open_run(tmp_path / "run", config, resume=False)
+    assert begun.data.shards == str(tmp_path / "s")
+    assert begun.data.dataset.model_dump()["source"] == str(tmp_path / "parts")
+    remote = config.override({"data.shards": "s3://bucket/s"})
+    assert open_run(tmp_path / "run", remote, resume=False).data.shards == "s3://bucket/s"
 
 
 def test_artefact_of_a_run_folder_or_itself(run_dir: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from raydiff.artifact import read_folder
 from raydiff.config import ExperimentConfig
 from raydiff.detector import load_detector
 from raydiff.errors import ArtifactError, NotCalibratedError, TrainingError
-from raydiff.experiment import cached, fit_locally, held_out_images
+from raydiff.experiment import cached, fit_locally, held_out_images, provenance_of
 from raydiff.runtime import CHECKPOINTS, LocalRuntime
 from raydiff.shards import ShardSet, TrainingBatch
 from raydiff.tracking import read_metrics
@@ -107,7 +107,7 @@ def test_metrics_read_as_if_nothing_had_happened(
     with pytest.raises(KeyboardInterrupt):
         train(
             tiny_config, breaking_at(cached(tiny_config, digit_shards), 15), held_out_images(tiny_config, digit_shards),
-            runtime, num_classes=1,
+            runtime, num_classes=1, provenance=provenance_of(digit_shards),
         )  # fmt: skip
     fit_locally(tiny_config, tmp_path / "cut", digit_shards)
     whole, cut = list(read_metrics(tmp_path / "whole")), list(read_metrics(tmp_path / "cut"))
@@ -136,13 +136,46 @@ def test_another_config_cannot_resume(tiny_config: ExperimentConfig, digit_shard
     assert run(more_logs, digit_shards, tmp_path)[0]["resumed"], "what cannot move a weight may change"
 
 
+def test_other_images_cannot_resume(tiny_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path) -> None:
+    def train_on(digest: str) -> None:
+        train(
+            tiny_config, cached(tiny_config, digit_shards), held_out_images(tiny_config, digit_shards),
+            LocalRuntime(tmp_path), num_classes=1, provenance={"data_digest": digest},
+        )  # fmt: skip
+
+    train_on("one")
+    train_on("one")
+    with pytest.raises(ArtifactError, match="trained on other images than there are now"):
+        train_on("two")
+
+
+def test_a_restart_before_the_first_checkpoint_leaves_no_trace(
+    tiny_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path
+) -> None:
+    from raydiff.tracking import MetricsLog
+
+    runtime = LocalRuntime(tmp_path, on_metrics=MetricsLog(tmp_path, batch_size=16))
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            tiny_config, breaking_at(cached(tiny_config, digit_shards), 6), held_out_images(tiny_config, digit_shards),
+            runtime, num_classes=1,
+        )  # fmt: skip
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # killed while it wrote a line
+    shown: list[dict[str, Any]] = []
+    fit_locally(tiny_config, tmp_path, digit_shards, on_metrics=lambda line: shown.append(dict(line)))
+    assert shown[0] == {"step": 0, "resumed": True, "images_repeated": 64}
+    assert list(read_metrics(tmp_path)) == shown
+    assert [line["step"] for line in shown] == [0, 4, 8, 12, 16, 20, 24]
+
+
 def test_accumulation_changes_memory_not_meaning(
     tiny_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path
 ) -> None:
     short = tiny_config.override({"training.num_steps": 6, "training.log_every": 1})
     one = run(short, digit_shards, tmp_path / "1")
     four = run(short.override({"training.accumulation_steps": 4}), digit_shards, tmp_path / "4")
-    assert [a["loss"] for a in one] == pytest.approx([b["loss"] for b in four], rel=1e-4)
+    assert [a["loss"] for a in one[1:]] == pytest.approx([b["loss"] for b in four[1:]], rel=1e-4)
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(

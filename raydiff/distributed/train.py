@@ -1,4 +1,4 @@
-"""Ray Train around :mod:`raydiff.training`: workers, restarts, checkpoints on any file system Ray can reach."""
+"""Ray Train around :mod:`raydiff.training`: workers, restarts, checkpoints in a folder that every node can reach."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import logging
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from raydiff import errors
 from raydiff.config import ExperimentConfig
 from raydiff.detector import Detector
 from raydiff.errors import ConfigError, RaydiffError, StorageError, WorkerError
-from raydiff.experiment import cached, finish, held_out_images, provenance_of
+from raydiff.experiment import begin_run, cached, finish, held_out_images, provenance_of
 from raydiff.images import ImageSpec
 from raydiff.runtime import CHECKPOINTS
 from raydiff.shards import ShardSet, TrainingBatch, TrainingOrder, fits_in_memory
@@ -51,14 +52,15 @@ def fit(
         TrainingError: the loss is not a number; WorkerError: workers failed too often.
         DataError, StorageError: what a worker met while it read or wrote.
     """
-    shards.check(config.data)
-    _check_resources(config)
     run_dir = run_dir.resolve()
+    _check_resources(config)
+    begin_run(run_dir, config, shards)
     (run_dir / _FAILURE).unlink(missing_ok=True)
     with _follow(run_dir, on_metrics):
         checkpoint = _run(config, run_dir, shards)
     with checkpoint.as_directory() as folder:
-        return finish(run_dir, Path(folder), shards, device="cuda" if config.execution.use_gpu else "cpu")
+        device = "cuda" if config.execution.use_gpu and torch.cuda.is_available() else "cpu"
+        return finish(run_dir, Path(folder), shards, device=device)
 
 
 def _run(config: ExperimentConfig, run_dir: Path, shards: ShardSet) -> Any:
@@ -134,7 +136,8 @@ def _worker(job: dict[str, Any]) -> None:
         )  # fmt: skip
     except RaydiffError as error:
         record = {"type": type(error).__name__, "message": str(error)}
-        (run_dir / _FAILURE).write_text(json.dumps(record), encoding="utf-8")
+        with suppress(OSError):  # a full disk: then Ray's restarts come to the same end
+            _write_whole(run_dir / _FAILURE, json.dumps(record))
         raise
 
 
@@ -163,7 +166,7 @@ class RayRuntime:
     rank: int
     world_size: int
     device: str
-    log: Callable[[Mapping[str, Any]], None] | None
+    log: MetricsLog | None
 
     @classmethod
     def here(cls, config: ExperimentConfig, run_dir: Path) -> RayRuntime:
@@ -223,7 +226,7 @@ class RayRuntime:
 @contextmanager
 def _follow(run_dir: Path, on_metrics: Callable[[Mapping[str, Any]], None]) -> Iterator[None]:
     """Hand over the metrics that rank 0 writes, as they come, from a thread."""
-    seen = sum(1 for _ in read_metrics(run_dir))
+    seen = list(read_metrics(run_dir))
     stop = threading.Event()
 
     def follow() -> None:
@@ -231,11 +234,11 @@ def _follow(run_dir: Path, on_metrics: Callable[[Mapping[str, Any]], None]) -> I
         while True:
             ended = stop.wait(_POLL_S)
             lines = list(read_metrics(run_dir))
-            if len(lines) < seen:  # a restart rewound the file; its last line says so
-                seen = max(0, next((i for i, line in enumerate(lines) if line.get("resumed")), len(lines)))
-            for line in lines[seen:]:
+            pairs = zip(lines, seen, strict=False)  # a restart takes lines out: what differs from there on is new
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            for line in lines[same:]:
                 on_metrics(line)
-            seen = len(lines)
+            seen = lines
             if ended:
                 return
 
@@ -249,17 +252,23 @@ def _follow(run_dir: Path, on_metrics: Callable[[Mapping[str, Any]], None]) -> I
 
 
 def _check_resources(config: ExperimentConfig) -> None:
-    """Refuse what the cluster cannot give: Ray would wait for it for ever."""
-    execution, available = config.execution, ray.cluster_resources()
-    needs = {"CPU": execution.num_workers * execution.cpus_per_worker}
-    if execution.use_gpu:
-        needs["GPU"] = execution.num_workers
-    for name, amount in needs.items():
-        if amount > available.get(name, 0):
-            raise ConfigError(
-                f"execution.num_workers {execution.num_workers} need {amount:g} {name}s, the cluster has"
-                f" {available.get(name, 0):g}; ask for less, or add nodes"
-            )
+    """Refuse what the cluster's nodes cannot give: Ray would wait for it for ever."""
+    execution = config.execution
+    per_worker = {"CPU": execution.cpus_per_worker} | ({"GPU": 1.0} if execution.use_gpu else {})
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(min(int(node.get(name, 0) / amount) for name, amount in per_worker.items()) for node in nodes)
+    if room < execution.num_workers:
+        wanted = " and ".join(f"{amount:g} {name}" for name, amount in per_worker.items())
+        raise ConfigError(
+            f"execution.num_workers is {execution.num_workers}, with {wanted} each; the cluster's {len(nodes)} node(s)"
+            f" have room for {room}; ask for less, or add nodes"
+        )
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def _raise_recorded(run_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from torch import Tensor
@@ -34,6 +35,9 @@ class PixelSpace:
     def state(self) -> dict[str, Tensor]:
         """Nothing."""
         return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing."""
 
 
 def build(options: Options, *, channels: int, image_size: tuple[int, int]) -> PixelSpace:  # noqa: ARG001
