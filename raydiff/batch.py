@@ -97,7 +97,8 @@ def score_files(
                 names = [str(path) for path in good]
                 prediction = predict_named(detector, to_tensor(images), names, explain=pictures is not None)
             rows = _rows(part, errors, prediction, threshold)
-            table.write(rows)
+            with _named(Path(out)):
+                table.write(rows)
             if pictures is not None and prediction is not None:
                 pictures.write(good, images, prediction)
             num_anomalous += sum(bool(row.is_anomaly) for row in rows)
@@ -242,15 +243,27 @@ def _table(path: Path) -> Iterator[_Table]:
         raise ConfigError(f"{path}: its ending says no format; use one of {', '.join(_TABLES)}")
     partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table = kind(partial)
+        with _named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            table = kind(partial)
         try:
             yield table
-        finally:
+        except BaseException:
+            with suppress(OSError, pa.ArrowException):  # what went wrong first is what is said
+                table.close()
+            raise
+        with _named(path):
             table.close()
-        partial.replace(path)
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
+            partial.replace(path)
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """An OSError of the writing within names the table; nothing else belongs within."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from pathlib import PurePath
 from typing import IO, Any, Literal
 
 import numpy as np
@@ -54,7 +55,7 @@ def evaluate(
     Args:
         detector: calibrated.
         shards: what to test on; the data set the detector was trained on, or another.
-        dataset: its name in tables; by default the data set's own with its normal classes.
+        dataset: its name in tables; by default :func:`dataset_name`.
         batch_size: images per call; ``config.execution.scoring_batch_size`` by default.
         num_pictures: at most so many each of the worst misses, the worst false alarms and the best hits.
         num_draws: of the bootstrap.
@@ -122,11 +123,14 @@ def predict_named(detector: Detector, images: Tensor, names: Sequence[str], *, e
         raise
 
 
-def dataset_name(detector: Detector, shards: ShardSet) -> str:
-    """What tables call the data: the data set, and which classes are normal, as in ``digits (3)``."""
-    normal = shards.normal_classes
+def dataset_name(shards: ShardSet) -> str:
+    """What tables call the data: a folder's name, as in ``mvtec/bottle``, or the data set and its normal classes."""
+    options, normal = shards.data["dataset"], shards.normal_classes
+    if options["name"] == "folder":  # its one normal class is the category, or what the folder was called
+        parent = PurePath(options["source"]).name if options.get("category") else ""
+        return f"{parent}/{normal[0]}" if parent else normal[0]
     which = ", ".join(normal) if len(normal) <= 3 else f"{len(normal)} classes"
-    return f"{detector.config.data.dataset.name} ({which})"
+    return f"{options['name']} ({which})"
 
 
 class _Maps:
@@ -314,7 +318,7 @@ def _common(
 ) -> dict[str, Any]:
     """The fields all rows of a run share."""
     config, threshold = detector.config, calibration.threshold
-    name = dataset or dataset_name(detector, shards)
+    name = dataset or dataset_name(shards)
     digest = config.digest()
     return {
         "run": run_id(
@@ -335,6 +339,7 @@ def _common(
         "config_digest": digest,
         "artifact_digest": detector.artifact_digest,
         "data_digest": shards.digest,
+        "trained_on": detector.provenance.get("data_digest"),
     }
 
 

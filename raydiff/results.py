@@ -5,8 +5,8 @@
     results.jsonl                 one row per (run, subset): the figures, and where they come from
     predictions/<run>.parquet     one row per test image: score, p-value, verdict; pictures of the telling ones
 
-A run is one detector on one data set with one seed. The report is drawn from these files alone, so it can be drawn
-again without the model and without the images.
+A run is one detector on one data set with one seed; of several such runs the last is read. The report is drawn from
+these files alone, so it can be drawn again without the model and without the images.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +36,7 @@ __all__ = [
     "Result",
     "append_results",
     "compare",
+    "latest",
     "load_evaluations",
     "read_results",
     "run_id",
@@ -54,7 +55,8 @@ class Result(BaseModel):
     and the data has masks; intervals are 95 %, over test images. ``realised_fpr`` and ``realised_tpr`` are those of the
     calibrated ``threshold``, with binomial intervals. ``num_evaluations`` (NFE) is network evaluations per image, None
     for a detector without a network. Times cover an image from decoded pixels to verdict, in milliseconds. ``config``
-    is kept on the row of subset ``all``.
+    is kept on the row of subset ``all``. ``data_digest`` is that of the tested data; ``trained_on`` that of the normal
+    images the detector was fitted on, None where that was not recorded.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -86,6 +88,7 @@ class Result(BaseModel):
     artifact_digest: str | None
     data_digest: str | None
     config: dict[str, Any] | None = None
+    trained_on: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,12 +122,14 @@ class Picture:
 class Evaluation:
     """One run: its rows (that of subset ``all`` first), every prediction, and the pictures, worst first of each kind.
 
-    ``predictions`` is None when only the rows were kept.
+    ``predictions`` is None when only the rows were kept. ``superseded`` counts the earlier runs that :func:`latest`
+    left out for this one.
     """
 
     rows: list[Result]
     predictions: Predictions | None
     pictures: list[Picture]
+    superseded: int = 0
 
     def __repr__(self) -> str:
         row = self.rows[0]
@@ -151,6 +156,24 @@ def run_id(detector: str, dataset: str, seed: int, *details: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def latest(evaluations: Iterable[Evaluation]) -> list[Evaluation]:
+    """Of runs with equal detector, data set and seed only the last, which counts the others as ``superseded``.
+
+    A detector trained again with other settings is another run of the same seed, not a second seed.
+    """
+    kept: dict[tuple[str, str, int], Evaluation] = {}
+    for evaluation in evaluations:
+        row = evaluation.rows[0]
+        key = (row.detector, row.dataset, row.seed)
+        earlier = kept.pop(key, None)
+        if earlier is not None:
+            more = earlier.superseded + (earlier.rows[0].run != row.run)
+            kept[key] = replace(evaluation, superseded=evaluation.superseded + more)
+        else:
+            kept[key] = evaluation
+    return list(kept.values())
+
+
 def append_results(path: str | Path, rows: Iterable[Result]) -> None:
     """Add rows at the end of a JSON-lines file, made if need be.
 
@@ -167,11 +190,19 @@ def append_results(path: str | Path, rows: Iterable[Result]) -> None:
 
 
 def read_results(path: str | Path) -> list[Result]:
-    """All rows, in the order they were written; of a run evaluated again, only the last rows.
+    """The rows of each run in the order they were written.
+
+    Of a run evaluated again only the last rows are kept, and of runs with equal detector, data set and seed only the
+    last run.
 
     Raises:
         DataError: the file is missing, empty, or a line is no result; names the line and what is wrong with it.
     """
+    return [row for evaluation in _read_runs(path) for row in evaluation.rows]
+
+
+def _read_runs(path: str | Path) -> list[Evaluation]:
+    """The latest runs without their predictions."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -186,7 +217,12 @@ def read_results(path: str | Path) -> list[Result]:
             rows[key] = row
     if not rows:
         raise DataError(f"{path}: holds no results; run raydiff evaluate to add some")
-    return list(rows.values())
+    runs: dict[str, list[Result]] = {}
+    for row in rows.values():
+        runs.setdefault(row.run, []).append(row)
+    return latest(
+        Evaluation(sorted(members, key=lambda row: row.subset_kind != "all"), None, []) for members in runs.values()
+    )
 
 
 def save_evaluations(path: str | Path, evaluations: Sequence[Evaluation]) -> None:
@@ -204,17 +240,16 @@ def save_evaluations(path: str | Path, evaluations: Sequence[Evaluation]) -> Non
 def load_evaluations(path: str | Path) -> list[Evaluation]:
     """The runs of a ``results.jsonl`` in order, each with its predictions where the file beside it exists.
 
+    Of runs with equal detector, data set and seed only the last; see :func:`latest`.
+
     Raises:
         DataError: as :func:`read_results`, or a predictions file cannot be read.
     """
-    runs: dict[str, list[Result]] = {}
-    for row in read_results(path):
-        runs.setdefault(row.run, []).append(row)
     evaluations = []
-    for run, rows in runs.items():
-        sidecar = _sidecar(path, run)
+    for bare in _read_runs(path):
+        sidecar = _sidecar(path, bare.rows[0].run)
         predictions, pictures = _read_predictions(sidecar) if sidecar.exists() else (None, [])
-        evaluations.append(Evaluation(sorted(rows, key=lambda row: row.subset_kind != "all"), predictions, pictures))
+        evaluations.append(replace(bare, predictions=predictions, pictures=pictures))
     return evaluations
 
 
@@ -228,10 +263,10 @@ def compare(
     """Every other detector minus the best of ``references``, per data set and seed, with paired bootstrap intervals.
 
     The reference is the one with the highest test AUROC among those present, which favours it. Groups in which no
-    reference was evaluated, or not on the same images, give no rows.
+    reference was evaluated, or not on the same images, give no rows. Of several runs of one seed the last counts.
     """
     groups: dict[tuple[str, int], list[Evaluation]] = {}
-    for evaluation in evaluations:
+    for evaluation in latest(evaluations):
         if evaluation.predictions is not None:
             groups.setdefault((evaluation.rows[0].dataset, evaluation.rows[0].seed), []).append(evaluation)
     return [

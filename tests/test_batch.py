@@ -157,6 +157,31 @@ def test_what_cannot_be_done_is_said_before_any_image_is_scored(detector, folder
         score_files(detector, [folder], tmp_path / "s.csv", maps_dir=tmp_path / "file")
 
 
+def test_an_error_of_the_work_is_not_blamed_on_the_table(detector, folder, tmp_path):
+    def stumble(*_):
+        raise OSError("the disk of images has gone")
+
+    with pytest.raises(OSError, match="the disk of images has gone"):
+        score_files(detector, [folder], tmp_path / "s.csv", progress=stumble)
+    assert not list(tmp_path.glob("s.csv*"))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_full_disk_is_said(detector, folder, tmp_path, suffix):
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    out, partial = tmp_path / f"s{suffix}", tmp_path / f"s{suffix}.partial"
+    partial.symlink_to("/dev/full")
+    with pytest.raises(StorageError, match=rf"s\{suffix}: cannot be written \(.*No space left on device"):
+        score_files(detector, [folder], out)
+    assert not list(tmp_path.glob("s.*"))
+    if suffix != ".parquet":  # it writes at once
+        partial.symlink_to("/dev/full")
+        (folder / "bad.png").write_bytes(b"not an image")
+        with pytest.raises(DataError, match=r"bad\.png"):  # what went wrong first is what is said
+            score_files(detector, [folder], out, batch_size=2)
+
+
 def test_maps_of_a_detector_that_draws_none(folder, tmp_path):
     from raydiff.config import component_options
 

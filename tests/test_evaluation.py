@@ -17,7 +17,7 @@ from raydiff.contracts import Scores
 from raydiff.core.metrics import IMAGE_METRICS, PIXEL_METRICS, image_metrics, pixel_metrics, proportion
 from raydiff.detector import Detector
 from raydiff.errors import DataError, NotCalibratedError, ScoreError, StorageError
-from raydiff.evaluation import evaluate
+from raydiff.evaluation import dataset_name, evaluate
 from raydiff.experiment import fit_baselines, split_batches
 from raydiff.images import ImageSpec, encode_png, to_tensor, to_uint8
 from raydiff.results import compare
@@ -169,7 +169,7 @@ def test_verdicts_are_those_of_the_calibrated_threshold(detector, evaluation):
 def test_a_row_says_where_it_comes_from(tiles, evaluation):
     config, shards = tiles
     row = evaluation.rows[0]
-    assert (row.detector, row.dataset, row.seed) == ("mean", f"folder ({shards.normal_classes[0]})", 0)
+    assert (row.detector, row.dataset, row.seed) == ("mean", "tile", 0)
     assert (row.config_digest, row.data_digest) == (config.digest(), shards.digest)
     assert row.config == config.to_dict()
     assert all(other.config is None for other in evaluation.rows[1:])
@@ -180,6 +180,29 @@ def test_a_row_says_where_it_comes_from(tiles, evaluation):
     assert row.versions["torch"] == torch.__version__
     assert "core" in row.hardware
     assert {other.run for other in evaluation.rows} == {row.run}
+    assert row.trained_on is None  # this detector says nothing of its origin
+
+
+def test_rows_name_the_tested_data_and_the_data_the_detector_was_fitted_on(tiles, detector):
+    elsewhere = detector.config.override({"data.dataset": {"name": "digits", "normal": ["3"]}})
+    foreign = replace(detector, config=elsewhere, provenance={"data_digest": "d161"})
+    rows = evaluate(foreign, tiles[1], num_draws=10, num_pictures=0).rows
+    assert {(row.dataset, row.trained_on) for row in rows} == {("tile", "d161")}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "normal", "name"),
+    [
+        ({"name": "folder", "source": "/data/magnetic_tile", "category": None}, "magnetic_tile", "magnetic_tile"),
+        ({"name": "folder", "source": "mvtec/", "category": "bottle"}, "bottle", "mvtec/bottle"),
+        ({"name": "folder", "source": ".", "category": None}, "tile", "tile"),
+        ({"name": "folder", "source": ".", "category": "bottle"}, "bottle", "bottle"),
+        ({"name": "cifar10", "source": "/data/cifar", "normal": ["cat"]}, "cat", "cifar10 (cat)"),
+    ],
+)
+def test_a_data_set_has_a_short_name(tiles, dataset, normal, name):
+    shards = replace(tiles[1], data=tiles[1].data | {"dataset": dataset}, normal_classes=(normal,))
+    assert dataset_name(shards) == name
 
 
 def test_the_batch_size_changes_no_score_and_no_metric(tiles, detector, evaluation):
@@ -245,7 +268,7 @@ def test_baselines_without_maps_and_data_without_masks_have_image_metrics_only(d
     row = evaluations[0].rows[0]
     assert set(row.metrics) == set(IMAGE_METRICS)
     assert row.num_evaluations is None
-    assert row.dataset == "digits (0, 1)"
+    assert (row.dataset, row.trained_on) == ("digits (0, 1)", shards.normal_digest)
     assert all(picture.heat_map is None and picture.mask is None for picture in evaluations[0].pictures)
     differences = compare(evaluations, num_draws=50)
     assert [(c.detector, c.reference) for c in differences] == [("knn", "copod")] * len(IMAGE_METRICS)

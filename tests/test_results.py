@@ -14,6 +14,7 @@ from raydiff.results import (
     Result,
     append_results,
     compare,
+    latest,
     load_evaluations,
     read_results,
     run_id,
@@ -21,7 +22,9 @@ from raydiff.results import (
 )
 
 
-def make(detector="unet/denoising_error", *, seed=0, dataset="digits (3)", shift=1.0, ids=None) -> Evaluation:
+def make(
+    detector="unet/denoising_error", *, seed=0, dataset="digits (3)", shift=1.0, ids=None, settings="first"
+) -> Evaluation:
     """An evaluation of 30 images with scores drawn at random."""
     rng = np.random.default_rng([seed, len(detector)])
     labels = np.arange(30) % 3 == 0
@@ -31,7 +34,7 @@ def make(detector="unet/denoising_error", *, seed=0, dataset="digits (3)", shift
         rng.random(30), scores > 0.5,
     )  # fmt: skip
     row = Result(
-        run=run_id(detector, dataset, seed), detector=detector, dataset=dataset, seed=seed, subset="all",
+        run=run_id(detector, dataset, seed, settings), detector=detector, dataset=dataset, seed=seed, subset="all",
         subset_kind="all", num_normal=20, num_anomalous=10, metrics=image_metrics(scores, labels, num_draws=20),
         threshold=0.5, target_fpr=0.05, realised_fpr=Estimate(0.1, 0.0, 0.2), realised_tpr=Estimate(0.8, 0.7, 0.9),
         num_evaluations=8 if "/" in detector else None, ms_per_image_alone=2.5, ms_per_image=0.4, batch_size=64,
@@ -71,6 +74,31 @@ def test_a_run_evaluated_again_replaces_itself(tmp_path):
     assert {e.rows[0].detector: e.rows[0].threshold for e in load_evaluations(path)} == {
         "unet/denoising_error": 9.0, "ocsvm": 0.5,
     }  # fmt: skip
+    assert {e.superseded for e in load_evaluations(path)} == {0}  # the same run, not another
+
+
+def test_of_runs_with_one_seed_only_the_last_is_read(tmp_path):
+    path = tmp_path / "results.jsonl"
+    runs = [make(), make("ocsvm"), make(seed=1), make(settings="second"), make(settings="third")]
+    save_evaluations(path, runs)
+    (tmp_path / "predictions" / f"{runs[0].rows[0].run}.parquet").write_bytes(b"nobody reads it")
+    found = {(e.rows[0].detector, e.rows[0].seed): (e.rows[0].run, e.superseded) for e in load_evaluations(path)}
+    assert found == {
+        ("ocsvm", 0): (runs[1].rows[0].run, 0),
+        ("unet/denoising_error", 1): (runs[2].rows[0].run, 0),
+        ("unet/denoising_error", 0): (runs[4].rows[0].run, 2),
+    }
+    assert read_results(path) == [row for i in (1, 2, 4) for row in runs[i].rows]
+    assert [e.superseded for e in latest(load_evaluations(path))] == [0, 0, 2]
+    save_evaluations(path, [runs[3]])  # an old run, evaluated again, is the last
+    assert load_evaluations(path)[-1].rows[0].run == runs[3].rows[0].run
+
+
+def test_rows_of_before_trained_on_was_kept_are_read(tmp_path):
+    path = tmp_path / "results.jsonl"
+    append_results(path, make().rows)
+    path.write_text(path.read_text().replace('"trained_on":null,', ""))
+    assert read_results(path)[0].trained_on is None
 
 
 def test_rows_alone_are_enough_to_load(tmp_path):
@@ -148,6 +176,11 @@ def test_compare_takes_the_best_classic_of_each_data_set_and_seed():
     ours, theirs = evaluations[0].predictions, evaluations[2].predictions
     expected = paired_differences(ours.scores, theirs.scores, ours.labels, num_draws=30)
     assert found[0].difference == expected["auroc"]
+
+
+def test_compare_takes_one_run_of_each_seed():
+    later = make(settings="second", shift=3.0)
+    assert compare([make(), make("ocsvm"), later], num_draws=10) == compare([make("ocsvm"), later], num_draws=10)
 
 
 def test_compare_pairs_by_id_and_skips_other_images():

@@ -6,6 +6,6 @@ with ``page.html`` and ``page.css``.
 
 from __future__ import annotations
 
-from raydiff.report.page import report_from_results, write_report
+from raydiff.report.page import write_report
 
-__all__ = ["report_from_results", "write_report"]
+__all__ = ["write_report"]

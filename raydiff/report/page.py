@@ -18,9 +18,9 @@ from markupsafe import Markup, escape
 from raydiff.errors import ConfigError, StorageError
 from raydiff.report import figures, tables, words
 from raydiff.report.tables import Group
-from raydiff.results import Comparison, Evaluation, Picture, Predictions, Result, compare, load_evaluations
+from raydiff.results import Comparison, Evaluation, Picture, Predictions, Result, compare
 
-__all__ = ["report_from_results", "write_report"]
+__all__ = ["write_report"]
 
 _KINDS = {
     "miss": (
@@ -38,20 +38,6 @@ _KINDS = {
 _PIXELATED_BELOW = 64
 
 
-def report_from_results(
-    results: str | Path, path: str | Path, *, title: str = "Anomaly detection report", main: str | None = None
-) -> Path:
-    """Draw the report of a ``results.jsonl`` and the predictions beside it.
-
-    Rows without predictions still fill the tables; curves, histograms and the gallery need them.
-
-    Raises:
-        DataError: a file cannot be read.
-        ConfigError, StorageError: as :func:`write_report`.
-    """
-    return write_report(load_evaluations(results), path, title=title, main=main)
-
-
 def write_report(
     evaluations: Sequence[Evaluation],
     path: str | Path,
@@ -61,8 +47,10 @@ def write_report(
 ) -> Path:
     """Write one HTML file with everything in it; returns its path.
 
+    Rows without predictions still fill the tables; curves, histograms and the gallery need them.
+
     Args:
-        evaluations: of any number of detectors, data sets and seeds.
+        evaluations: of any number of detectors, data sets and seeds; of several runs of one seed the last is shown.
         path: the file.
         title: its heading.
         main: the detector whose summary and gallery are shown; by default the one with a network (else any) that has
@@ -99,18 +87,22 @@ def _render(title: str, datasets: dict[str, list[Group]], main: str, comparisons
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["breakable"] = _breakable
     template = environment.from_string(source.joinpath("page.html").read_text(encoding="utf-8"))
-    rows = [row for groups in datasets.values() for group in groups for row in group.rows]
+    evaluations = [e for groups in datasets.values() for group in groups for e in group.evaluations]
+    rows = [evaluation.rows[0] for evaluation in evaluations]
     detectors, overview = tables.overview_table(datasets)
     return template.render(
         title=title,
         css=Markup(source.joinpath("page.css").read_text(encoding="utf-8")),  # noqa: S704 (our own file)
         created=max(row.created for row in rows)[:10],
-        overview={"detectors": detectors, "rows": overview} if len(datasets) > 1 else None,
+        overview={"detectors": detectors, "rows": overview, "mixed": any(row.mark for row in overview)}
+        if len(datasets) > 1
+        else None,
         sections=[
             _section(f"d{i}", dataset, groups, main, [c for c in comparisons if c.dataset == dataset])
             for i, (dataset, groups) in enumerate(datasets.items())
         ],
         provenance=_provenance(rows),
+        superseded=words.superseded_note(sum(evaluation.superseded for evaluation in evaluations)),
         glossary=words.GLOSSARY,
     )
 
@@ -122,6 +114,7 @@ def _section(
     chosen = next((group for group in groups if group.detector == main), None)
     chosen = chosen or next(group for group in groups if group.detector == _choose_main(groups))
     columns, rows = tables.main_table(groups, chosen.detector)
+    differences, defects = tables.difference_table(comparisons), tables.defect_table(groups)
     looks = figures.styles([group.detector for group in groups], chosen.detector)
     roc = figures.roc_figure(groups, looks, f"{name}-roc")
     return {
@@ -134,9 +127,10 @@ def _section(
         "parts": [(part, len(list(members))) for part, members in groupby(columns, key=lambda column: column.part)],
         "rows": rows,
         "note": words.interval_note(groups),
+        "warnings": words.warnings(groups, [*rows, *differences, *defects]),
         "target_fpr": chosen.rows[0].target_fpr,
-        "differences": tables.difference_table(comparisons),
-        "defects": tables.defect_table(groups),
+        "differences": differences,
+        "defects": defects,
         "roc": _markup(roc),
         "cost": _markup(figures.cost_figure(groups, looks, f"{name}-cost")),
         "hardware": ", ".join(dict.fromkeys(row.hardware for group in groups for row in group.rows)),

@@ -1,17 +1,22 @@
 """Evaluations as the cells of tables.
 
 With one seed a cell holds the value and its 95 % interval over test images; with several, the mean over seeds and its
-standard deviation. The two are never mixed in one cell.
+standard deviation. The two are never mixed in one cell. A mark at a row's name says that it was fitted on other data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
+from typing import Any
 
+from pydantic import BaseModel
+
+from raydiff.config import NO_EFFECT, ExperimentConfig
 from raydiff.core.metrics import Estimate
-from raydiff.results import Comparison, Evaluation, Result
+from raydiff.results import Comparison, Evaluation, Result, latest
 
 __all__ = [
     "COLUMNS",
@@ -19,6 +24,7 @@ __all__ = [
     "Column",
     "Group",
     "Row",
+    "data_marks",
     "defect_table",
     "difference_table",
     "group",
@@ -30,22 +36,27 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Cell:
-    """What a table cell says; ``detail`` is its interval or spread, ``value`` the number behind it."""
+    """What a table cell says; ``detail`` is its interval or spread, ``value`` the number behind it.
+
+    ``has_width`` is False for an interval whose ends read the same.
+    """
 
     text: str = "–"
     detail: str = ""
     value: float | None = None
     best: bool = False
+    has_width: bool = True
 
 
 @dataclass(frozen=True)
 class Row:
-    """A header and its cells."""
+    """A header and its cells; ``mark`` is set beside the name and leads to a footnote."""
 
     name: str
     cells: list[Cell]
     note: str = ""
     main: bool = False
+    mark: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,11 +82,44 @@ class Group:
         """Whether scoring evaluates a network; the classic detectors do not."""
         return self.rows[0].num_evaluations is not None
 
+    @property
+    def trained_on(self) -> tuple[str | None, ...]:
+        """Digests of the data it was fitted on: one, if all seeds agree."""
+        return tuple(dict.fromkeys(row.trained_on for row in self.rows))
+
+    @property
+    def unlike_fields(self) -> list[str]:
+        """Config fields, by dotted path, that differ between the seeds although they can change a score."""
+        configs = [dict(_fields(row.config)) for row in self.rows if row.config is not None]
+        paths = dict.fromkeys(path for config in configs for path in config)
+        return [path for path in paths if len({config.get(path) for config in configs}) > 1]
+
+
+_EXPECTED_TO_DIFFER = {"seed", "execution"} | {
+    f"{section}.{name}"
+    for section, outer in ExperimentConfig.model_fields.items()
+    if isinstance(outer.annotation, type) and issubclass(outer.annotation, BaseModel)
+    for name, field in outer.annotation.model_fields.items()
+    if field.json_schema_extra == NO_EFFECT
+}
+
+
+def _fields(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted path and value as JSON of what seeds should have in common."""
+    for name, value in config.items():
+        path = prefix + name
+        if path in _EXPECTED_TO_DIFFER:
+            continue
+        if isinstance(value, Mapping):
+            yield from _fields(value, f"{path}.")
+        else:
+            yield path, json.dumps(value)
+
 
 def group(evaluations: Sequence[Evaluation]) -> dict[str, list[Group]]:
-    """Groups by data set, both in order of appearance."""
+    """Groups by data set, both in order of appearance; of several runs of one seed the last."""
     found: dict[tuple[str, str], list[Evaluation]] = {}
-    for evaluation in evaluations:
+    for evaluation in latest(evaluations):
         row = evaluation.rows[0]
         found.setdefault((row.dataset, row.detector), []).append(evaluation)
     by_dataset: dict[str, list[Group]] = {}
@@ -83,6 +127,14 @@ def group(evaluations: Sequence[Evaluation]) -> dict[str, list[Group]]:
         ordered = sorted(members, key=lambda evaluation: evaluation.rows[0].seed)
         by_dataset.setdefault(dataset, []).append(Group(dataset, detector, ordered))
     return by_dataset
+
+
+def data_marks(groups: Sequence[Group]) -> dict[str, str]:
+    """By detector a number for the data it was fitted on; empty where all were fitted on the same."""
+    origins = list(dict.fromkeys(group.trained_on for group in groups))
+    if len({digest for origin in origins for digest in origin}) < 2:
+        return {}
+    return {group.detector: str(1 + origins.index(group.trained_on)) for group in groups}
 
 
 def summarise(estimates: Sequence[Estimate | None]) -> Cell:
@@ -93,8 +145,10 @@ def summarise(estimates: Sequence[Estimate | None]) -> Cell:
     mean = fmean(estimate.value for estimate in known)
     if len(known) > 1:
         return Cell(f"{mean:.3f}", f"± {stdev(estimate.value for estimate in known):.3f}", mean)
-    low, high = known[0].low, known[0].high
-    return Cell(f"{mean:.3f}", "" if low is None or high is None else f"{low:.3f}–{high:.3f}", mean)
+    if known[0].low is None or known[0].high is None:
+        return Cell(f"{mean:.3f}", "", mean)
+    low, high = f"{known[0].low:.3f}", f"{known[0].high:.3f}"
+    return Cell(f"{mean:.3f}", f"{low}–{high}", mean, has_width=low != high)
 
 
 @dataclass(frozen=True)
@@ -146,9 +200,10 @@ def main_table(groups: Sequence[Group], main: str) -> tuple[list[Column], list[R
     cells = {column: [column.read(group) for group in groups] for column in COLUMNS}
     columns = [column for column in COLUMNS if any(cell.value is not None for cell in cells[column])]
     marked = [_mark_best(cells[column], column.better) for column in columns]
+    marks = data_marks(groups)
     return columns, [
-        Row(group.detector, [column[i] for column in marked], main=group.detector == main)
-        for i, group in enumerate(groups)
+        Row(name, [column[i] for column in marked], main=name == main, mark=marks.get(name, ""))
+        for i, name in enumerate(group.detector for group in groups)
     ]
 
 
@@ -175,7 +230,7 @@ def overview_table(datasets: dict[str, list[Group]]) -> tuple[list[str], list[Ro
         by_name = {group.detector: group for group in groups}
         cells = [_metric("auroc")(by_name[name]) if name in by_name else Cell() for name in detectors]
         values.append([cell.value for cell in cells])
-        rows.append(Row(dataset, _mark_best(cells, 1)))
+        rows.append(Row(dataset, _mark_best(cells, 1), mark="*" if data_marks(groups) else ""))
     means = []
     for column in zip(*values, strict=True):
         known = [value for value in column if value is not None]
@@ -200,9 +255,10 @@ def difference_table(comparisons: Sequence[Comparison]) -> list[Row]:
 
 def _signed(difference: Estimate) -> Cell:
     low, high = difference.low, difference.high
-    clear = low is not None and high is not None and (low > 0 or high < 0)
-    detail = "" if low is None or high is None else f"{_sign(low)} to {_sign(high)}"
-    return Cell(_sign(difference.value), detail, difference.value, best=clear)
+    if low is None or high is None:
+        return Cell(_sign(difference.value), "", difference.value)
+    detail, has_width = f"{_sign(low)} to {_sign(high)}", _sign(low) != _sign(high)
+    return Cell(_sign(difference.value), detail, difference.value, best=low > 0 or high < 0, has_width=has_width)
 
 
 def _sign(value: float) -> str:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 
 from raydiff.core.metrics import Estimate
-from raydiff.report.tables import Group
+from raydiff.report.tables import Group, Row, data_marks
 from raydiff.results import Comparison
 
-__all__ = ["GLOSSARY", "count", "interval_note", "roc_note", "spread_note", "summary"]
+__all__ = ["GLOSSARY", "count", "interval_note", "roc_note", "spread_note", "summary", "superseded_note", "warnings"]
 
 GLOSSARY = {
     "AUROC": "the chance that a random anomalous image scores above a random normal one; 0.5 is guessing",
@@ -60,6 +60,60 @@ def interval_note(groups: Sequence[Group]) -> str:
         )
     number = count(seeds[-1], "training seed") if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} training seeds"
     return f"Mean over {number} on the same {images}; small figures: ± one standard deviation over seeds."
+
+
+def warnings(groups: Sequence[Group], shown: Sequence[Row]) -> list[str]:
+    """What a reader of the tables must know: other configs, other training data, intervals without width."""
+    return [*_unlike_configs(groups), *_unlike_data(groups), *_no_width(shown)]
+
+
+def _unlike_configs(groups: Sequence[Group]) -> list[str]:
+    notes = []
+    for group in groups:
+        if unlike := group.unlike_fields:
+            more = [f"{len(unlike) - 3} more"] if len(unlike) > 4 else unlike[3:]
+            *head, last = [*unlike[:3], *more]
+            which = f"{', '.join(head)} and {last} differ" if head else f"{last} differs"
+            notes.append(
+                f"The seeds of {group.detector} were trained with different configs ({which}), so their spread is not"
+                f" one of seeds alone."
+            )
+    return notes
+
+
+def _unlike_data(groups: Sequence[Group]) -> list[str]:
+    """The footnote of the marks in the main table."""
+    marks = data_marks(groups)
+    said = {
+        marks[group.detector]: " and ".join((digest or "not recorded")[:12] for digest in group.trained_on)
+        for group in groups
+        if marks
+    }
+    listed = "; ".join(f"{mark} data {origin}" for mark, origin in sorted(said.items(), key=lambda item: int(item[0])))
+    return [
+        f"Detectors with different numbers were fitted on different data, so their rows do not compare the detectors"
+        f" alone: {listed}."
+    ] if said else []  # fmt: skip
+
+
+def _no_width(shown: Sequence[Row]) -> list[str]:
+    if all(cell.has_width for row in shown for cell in row.cells):
+        return []
+    return [
+        "Where both ends of an interval read the same, as at an AUROC of 1, resampling these images cannot show how"
+        " others would do: it is no sign of certainty."
+    ]
+
+
+def superseded_note(number: int) -> str:
+    """What was left out because a later run took its place; empty if nothing was."""
+    if not number:
+        return ""
+    verb = "is" if number == 1 else "are"
+    return (
+        f"{count(number, 'earlier run')} {verb} left out: a later one has the same detector, data set and seed, and of"
+        f" these only the last is shown."
+    )
 
 
 def roc_note(groups: Sequence[Group]) -> str:

@@ -9,8 +9,18 @@ import pytest
 from raydiff.core.metrics import Estimate, image_metrics
 from raydiff.errors import ConfigError, StorageError
 from raydiff.images import encode_png
-from raydiff.report import figures, report_from_results, tables, words, write_report
-from raydiff.results import Comparison, Evaluation, Picture, Predictions, Result, compare, run_id, save_evaluations
+from raydiff.report import figures, tables, words, write_report
+from raydiff.results import (
+    Comparison,
+    Evaluation,
+    Picture,
+    Predictions,
+    Result,
+    compare,
+    load_evaluations,
+    run_id,
+    save_evaluations,
+)
 
 VOID = {"meta", "img", "br", "wbr", "link"}
 
@@ -19,7 +29,10 @@ def png(seed: int) -> bytes:
     return encode_png(np.random.default_rng(seed).integers(0, 256, (8, 8, 1)).astype(np.uint8))
 
 
-def make(detector="unet/denoising_error", *, seed=0, dataset="digits (3)", shift=1.5, pixels=False) -> Evaluation:
+def make(
+    detector="unet/denoising_error", *, seed=0, dataset="digits (3)", shift=1.5, pixels=False, trained_on="da7a" * 16,
+    **config,
+) -> Evaluation:  # fmt: skip
     """30 normal and 30 anomalous images; a better detector has a larger shift."""
     rng = np.random.default_rng(seed)
     labels = np.arange(60) >= 30
@@ -30,13 +43,14 @@ def make(detector="unet/denoising_error", *, seed=0, dataset="digits (3)", shift
     if pixels:
         metrics |= {name: Estimate(0.9, 0.85, 0.95) for name in ("pixel_auroc", "pixel_average_precision", "aupro")}
     row = Result(
-        run=run_id(detector, dataset, seed), detector=detector, dataset=dataset, seed=seed, subset="all",
+        run=run_id(detector, dataset, seed, config), detector=detector, dataset=dataset, seed=seed, subset="all",
         subset_kind="all", num_normal=30, num_anomalous=30, metrics=metrics, threshold=1.0, target_fpr=0.05,
         realised_fpr=Estimate(0.1, 0.05, 0.2), realised_tpr=Estimate(0.8, 0.7, 0.9),
         num_evaluations=8 if "/" in detector else None, ms_per_image_alone=2.5, ms_per_image=0.4 + shift,
         batch_size=64, device="cpu", hardware="a processor, 2 cores, 1 thread", versions={"python": "3.11"},
         commit="abcdef012345", command="raydiff evaluate here", created="2026-01-02T00:00:00+00:00",
-        config_digest="c0ffee" * 8, artifact_digest="a11" * 8, data_digest="da7a" * 8, config={"seed": seed},
+        config_digest="c0ffee" * 8, artifact_digest="a11" * 8, data_digest="da7a" * 8, config={"seed": seed} | config,
+        trained_on=trained_on,
     )  # fmt: skip
     rows = [row]
     for defect in ("crack", "blow_hole"):
@@ -168,6 +182,59 @@ def test_seeds_become_mean_and_standard_deviation(tmp_path):
     assert "minus ocsvm, seed 2" in page.text
 
 
+def test_a_seed_trained_again_is_no_second_seed(tmp_path):
+    first, again = make(shift=0.3), make(training={"num_steps": 900})
+    save_evaluations(tmp_path / "results.jsonl", [first, make("ocsvm", shift=0.5), again])
+    text = Page(write_report(load_evaluations(tmp_path / "results.jsonl"), tmp_path / "r.html").read_text()).text
+    assert "training seeds ±" not in text
+    assert "± " not in text
+    assert f"{again.rows[0].metrics['auroc'].value:.3f}" in text
+    assert text.count("1 earlier run is left out") == 1
+    assert "left out" not in Page(write_report([first], tmp_path / "r.html").read_text()).text
+    assert "1 earlier run is left out" in write_report([first, again], tmp_path / "r.html").read_text()
+
+
+def test_seeds_of_different_configs_are_told_apart_from_seeds_alone(tmp_path):
+    steps = {"num_steps": 400, "log_every": 10}
+    alike = [make(seed=seed, training=steps | {"log_every": seed + 1}, execution={"use_gpu": seed > 0})
+             for seed in range(2)]  # fmt: skip
+    assert "different configs" not in write_report(alike, tmp_path / "r.html").read_text()
+    longer = make(seed=2, training=steps | {"num_steps": 900})
+    page = Page(write_report([*alike, longer], tmp_path / "r.html").read_text())
+    assert (
+        "The seeds of unet/denoising_error were trained with different configs (training.num_steps differs)"
+        in page.text
+    )
+
+
+def test_rows_fitted_on_different_data_are_marked(tmp_path):
+    other = "beef" * 16
+    runs = [make(trained_on=other), make("ocsvm", shift=0.5), make("copod", shift=0.2), make("old", trained_on=None)]
+    page = Page(write_report(runs, tmp_path / "r.html").read_text())
+    marks = {row.name: row.mark for row in tables.main_table(tables.group(runs)["digits (3)"], "")[1]}
+    assert marks == {"unet/denoising_error": "1", "ocsvm": "2", "copod": "2", "old": "3"}
+    assert len(page.all("sup")) == 4
+    assert "1 data beefbeefbeef; 2 data da7ada7ada7a; 3 data not recorded." in page.text
+    same = Page(write_report(runs[1:3], tmp_path / "r.html").read_text())
+    assert same.all("sup") == []
+    assert "fitted on different data" not in same.text
+    tiles = [make(dataset="tiles", trained_on=other), make("ocsvm", dataset="tiles", trained_on=other)]
+    several = tables.group([*runs, *tiles])
+    assert [row.mark for row in tables.overview_table(several)[1]] == ["*", "", ""]
+    page = Page(write_report([*runs, *tiles], tmp_path / "r.html").read_text())
+    assert "* its detectors were fitted on different data" in page.text
+
+
+def test_an_interval_without_width_is_explained(tmp_path):
+    said = "Where both ends of an interval read the same"
+    perfect = Page(write_report([make(shift=50)], tmp_path / "r.html").read_text())
+    assert "1.0001.000–1.000" in perfect.text
+    assert perfect.text.count(said) == 1
+    assert said not in Page(write_report([make(shift=1.0)], tmp_path / "r.html").read_text()).text
+    seeds = [make(name, seed=seed, shift=50) for name in ("vit/x", "ocsvm") for seed in range(2)]
+    assert said in Page(write_report(seeds, tmp_path / "r.html").read_text()).text  # that of their differences
+
+
 def test_several_data_sets_have_a_row_each_and_a_mean_below(tmp_path):
     runs = [make(), make("ocsvm", shift=0.4), make(dataset="tiles", shift=0.8)]
     groups = tables.group(runs)
@@ -238,7 +305,8 @@ def test_rows_without_predictions_make_a_report_without_curves(evaluations, tmp_
 
 def test_a_report_from_files_is_the_report_from_memory(evaluations, html, tmp_path):
     save_evaluations(tmp_path / "results.jsonl", evaluations)
-    path = report_from_results(tmp_path / "results.jsonl", tmp_path / "out" / "report.html", title="Tiles & more")
+    loaded = load_evaluations(tmp_path / "results.jsonl")
+    path = write_report(loaded, tmp_path / "out" / "report.html", title="Tiles & more")
     assert path.read_text() == html
 
 
