@@ -26,7 +26,9 @@ class Entry:
 
     ``image_id`` is unique in the data set and stable between runs and machines. A data set has the splits ``train``
     (normal images only) and ``test``; ``calibration`` is cut from ``train`` when shards are written. ``defect`` is
-    ``"good"`` for a normal image. ``size`` is the encoded size in bytes (an estimate will do).
+    ``"good"`` for a normal image. ``size`` is the encoded size in bytes (an estimate will do). ``fingerprint`` changes
+    with the image's and its mask's content, so that changed files are written to shards again (size and modification
+    time will do); empty where the content cannot change. No digest of the data depends on it.
     """
 
     image_id: str
@@ -35,6 +37,7 @@ class Entry:
     defect: str
     is_anomaly: bool
     size: int
+    fingerprint: str = ""
 
 
 class Dataset(Protocol):

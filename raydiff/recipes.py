@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from raydiff import registry
 from raydiff.config import ExperimentConfig
-from raydiff.errors import ConfigError
-from raydiff.images import images_in
+from raydiff.errors import ConfigError, DataError
+from raydiff.images import ImageSpec, decode_file, images_in
 
 __all__ = ["digits", "images", "recipe"]
+
+_UNLEARNT = {"ground_truth", "test"}
 
 
 def recipe(data: str, source: str | None = None) -> ExperimentConfig:
@@ -68,9 +69,11 @@ def images(dataset: dict[str, Any], *, channels: int) -> ExperimentConfig:
 
 
 def _channels(folder: Path) -> int:
-    """1 when the first image is grey, else 3."""
-    files = images_in(folder)
-    if not files:
-        return 3
-    with Image.open(files[0]) as image:
-        return 1 if image.mode in ("1", "L", "I;16", "I") else 3
+    """1 when the first image to learn from is grey, else 3; a file that cannot be decoded is left to ``prepare``."""
+    files = images_in(folder / "train" / "good")
+    if not files:  # a plain folder, or one per category: masks and defects last
+        files = sorted(images_in(folder), key=lambda path: not _UNLEARNT.isdisjoint(path.relative_to(folder).parts))
+    for path in files[:10]:
+        with suppress(DataError, OSError):
+            return decode_file(path.read_bytes(), ImageSpec((1, 1)), str(path)).channels
+    return 3

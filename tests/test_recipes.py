@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,48 @@ def test_a_folder_decides_about_colour(tmp_path: Path, mode: str, channels: int)
     config = recipe(str(tmp_path))
     assert config.data.channels == channels
     assert config.data.dataset.model_dump()["source"] == str(tmp_path)
+
+
+@pytest.mark.parametrize("category", ["", "screw"])
+def test_masks_do_not_decide_about_colour(tmp_path: Path, category: str) -> None:
+    root = tmp_path / category
+    for name in ("train/good", "test/dent", "ground_truth/dent"):
+        (root / name).mkdir(parents=True)
+        mode = "L" if name.startswith("ground_truth") else "RGB"
+        Image.new(mode, (20, 20)).save(root / name / "a.png")
+    assert recipe(str(tmp_path)).data.channels == 3
+
+
+def test_an_image_to_learn_from_decides_about_colour(tmp_path: Path) -> None:
+    for name, mode in (("a", "RGB"), ("train/good", "L")):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new(mode, (20, 20)).save(tmp_path / name / "a.png")
+    assert recipe(str(tmp_path)).data.channels == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\nhalf"])
+def test_a_garbled_image_does_not_decide_about_colour(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.png").write_bytes(content)
+    assert recipe(str(tmp_path)).data.channels == 3
+    Image.new("L", (20, 20)).save(tmp_path / "b.png")
+    assert recipe(str(tmp_path)).data.channels == 1
+
+
+def test_an_enormous_image_is_not_decoded(tmp_path: Path) -> None:
+    Image.new("L", (20, 20)).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    header = b"IHDR" + struct.pack(">II", 100_000, 10_000) + content[24:29]
+    (tmp_path / "a.png").write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
+    assert recipe(str(tmp_path)).data.channels == 3
+
+
+def test_an_image_that_cannot_be_opened_is_left_to_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    Image.new("L", (20, 20)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert recipe(str(tmp_path)).data.channels == 3
 
 
 def test_names(tmp_path: Path) -> None:

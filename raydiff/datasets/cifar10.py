@@ -22,6 +22,8 @@ from pydantic import Field, field_validator
 
 from raydiff.config import Options as BaseOptions
 from raydiff.contracts import Entry
+from raydiff.datasets._class_names import ClassNames
+from raydiff.datasets._fingerprint import fingerprint
 from raydiff.errors import DataError
 from raydiff.images import encode_png
 
@@ -42,7 +44,7 @@ class Options(BaseOptions):
 
     name: Literal["cifar10"] = "cifar10"
     source: str = Field(description="the folder cifar-10-batches-py, or the one it lies in")
-    normal: tuple[str, ...] = Field(("airplane",), min_length=1, description="the classes taken for normal")
+    normal: ClassNames = Field(("airplane",), min_length=1, description="the classes taken for normal")
 
     @field_validator("normal", mode="after")
     @classmethod
@@ -74,10 +76,11 @@ class Cifar10Dataset:
         return encode_png(images[int(index)].reshape(3, 32, 32).transpose(1, 2, 0)), None
 
     def _batch_entries(self, batch: str) -> list[Entry]:
+        version = _fingerprint(self.folder / batch)
         _, labels = _read_batch(self.folder / batch)
-        return [self._entry(f"{batch}/{index:05d}", CLASSES[label]) for index, label in enumerate(labels)]
+        return [self._entry(f"{batch}/{index:05d}", CLASSES[label], version) for index, label in enumerate(labels)]
 
-    def _entry(self, image_id: str, class_name: str) -> Entry:
+    def _entry(self, image_id: str, class_name: str, version: str) -> Entry:
         is_anomaly = class_name not in self.normal
         return Entry(
             image_id=image_id,
@@ -86,6 +89,7 @@ class Cifar10Dataset:
             defect=class_name if is_anomaly else "good",
             is_anomaly=is_anomaly,
             size=_ENCODED_SIZE,
+            fingerprint=version,
         )
 
 
@@ -116,9 +120,14 @@ def build(options: Options) -> Cifar10Dataset:
     return Cifar10Dataset(folder, frozenset(options.normal))
 
 
-@lru_cache(maxsize=6)
 def _read_batch(path: Path) -> tuple[NDArray[np.uint8], tuple[int, ...]]:
     """Pixels (n, 3072), all red, then green, then blue values, row by row; and labels (n,)."""
+    return _read_version(path, _fingerprint(path))
+
+
+@lru_cache(maxsize=6)
+def _read_version(path: Path, _version: str) -> tuple[NDArray[np.uint8], tuple[int, ...]]:
+    """What :func:`_read_batch` gives, kept for this version of the file."""
     content = _unpickle(path)
     images, labels = _field(path, content, "data"), _field(path, content, "labels")
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != 3072:
@@ -129,6 +138,13 @@ def _read_batch(path: Path) -> tuple[NDArray[np.uint8], tuple[int, ...]]:
         if not isinstance(label, int) or not 0 <= label < len(CLASSES):
             raise DataError(f"{path}: has the label {label!r}; labels are 0 to 9")
     return images, tuple(labels)
+
+
+def _fingerprint(path: Path) -> str:
+    try:
+        return fingerprint(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); unpack cifar-10-python.tar.gz again") from error
 
 
 def _field(path: Path, content: dict[Any, Any], name: str) -> Any:

@@ -19,6 +19,7 @@ from pydantic import Field, field_validator
 from raydiff.config import Options as BaseOptions
 from raydiff.contracts import Entry
 from raydiff.core.diffusion import keyed_seed
+from raydiff.datasets._class_names import ClassNames
 from raydiff.images import encode_png
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Options(BaseOptions):
     """Which digits are normal."""
 
     name: Literal["digits"] = "digits"
-    normal: tuple[str, ...] = Field(("0",), min_length=1, description='the digits taken for normal, "0" to "9"')
+    normal: ClassNames = Field(("0",), min_length=1, description='the digits taken for normal, "0" to "9"')
 
     @field_validator("normal", mode="after")
     @classmethod

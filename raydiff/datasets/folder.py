@@ -23,6 +23,7 @@ from pydantic import Field
 from raydiff.config import Options as BaseOptions
 from raydiff.contracts import Entry
 from raydiff.core.diffusion import keyed_seed
+from raydiff.datasets._fingerprint import fingerprint
 from raydiff.errors import ConfigError, DataError
 from raydiff.images import SUFFIXES, images_in
 
@@ -99,14 +100,23 @@ class FolderDataset:
         return [entry for entry in entries if entry.image_id not in held_out] + test
 
     def _entry(self, path: Path, split: Literal["train", "test"], defect: str) -> Entry:
+        image_id = path.relative_to(self.source).as_posix()
         return Entry(
-            image_id=path.relative_to(self.source).as_posix(),
+            image_id=image_id,
             split=split,
             class_name=self.category or self.source.name or "images",
             defect=defect,
             is_anomaly=defect != "good",
             size=path.stat().st_size,
+            fingerprint=f"{fingerprint(path)} {self._mask_fingerprint(defect, Path(image_id))}",
         )
+
+    def _mask_fingerprint(self, defect: str, image: Path) -> str:
+        """Empty where there is no mask."""
+        if defect == "good":
+            return ""
+        mask = self._mask_path(defect, image)
+        return fingerprint(mask) if mask.is_file() else ""
 
     def _mask_path(self, defect: str, image: Path) -> Path:
         below = (self.source / image).relative_to(self.root / "test" / defect).parent

@@ -160,27 +160,40 @@ class ShardSet:
                 )
 
     def check(self, data: DataConfig) -> None:
-        """Refuse shards that were made for another config.
+        """Refuse shards that were made for another config; needs the config alone, not the data set's files.
+
+        Where the files lay (``data.dataset.source``) is left out: shards made on one machine serve on another.
 
         Raises:
             DataError: names the first field that differs.
         """
+        self._check_dataset(data)
         wanted = recorded_fields(data)
         for name in sorted(wanted.keys() | self.data.keys()):
-            if name == "shard_format" or (name not in wanted and self.data["shard_format"] != "raw"):
+            if name in ("dataset", "shard_format") or (name not in wanted and self.data["shard_format"] != "raw"):
                 continue  # both formats give the same pixels; encoded files can be brought to any size
             asked = data.model_dump(mode="json")[name]
             made = self.data.get(name, asked)
             if made != asked:
-                raise DataError(
-                    f"{Storage.of(self.uri).label}: was prepared with data.{name} = {made}, the config says {asked}; "
-                    f"{_REMEDY}, or give another data.shards"
-                )
+                raise self._mismatch(name, made, asked)
         if self.skipped and data.on_bad_image == "error":
             raise DataError(
                 f"{Storage.of(self.uri).label}: was prepared without {len(self.skipped)} bad image(s), the first "
                 f"{self.skipped[0].image_id}; replace it and prepare again, or set data.on_bad_image: skip"
             )
+
+    def _check_dataset(self, data: DataConfig) -> None:
+        asked, made = recorded_fields(data)["dataset"], self.data["dataset"]
+        others = sorted((asked.keys() | made.keys()) - {"name", "source"})
+        for option in ("name", *others):  # of another data set, the name says more than any option
+            if made.get(option) != asked.get(option):
+                raise self._mismatch(f"dataset.{option}", made.get(option), asked.get(option))
+
+    def _mismatch(self, name: str, made: Any, asked: Any) -> DataError:
+        return DataError(
+            f"{Storage.of(self.uri).label}: was prepared with data.{name} = {made}, the config says {asked}; "
+            f"{_REMEDY}, or give another data.shards"
+        )
 
     def read(
         self,

@@ -124,6 +124,37 @@ def test_an_unknown_class_is_refused() -> None:
         ExperimentConfig().override({"data.dataset": {"name": "cifar10", "source": "x", "normal": ["lorry"]}})
 
 
+def test_one_class_needs_no_list() -> None:
+    dataset = {"name": "cifar10", "source": "x"}
+    bare, listed = (
+        ExperimentConfig().override({"data.dataset": dataset | {"normal": normal}}) for normal in ("ship", ["ship"])
+    )
+    assert bare.to_dict() == listed.to_dict()
+    assert bare.digest() == listed.digest()
+    with pytest.raises(ConfigError, match=r"'3' is no class of CIFAR-10; there are: airplane"):
+        ExperimentConfig().override({"data.dataset": dataset | {"normal": 3}})
+
+
+def test_a_changed_batch_has_another_fingerprint_and_is_read_again(batches: Path) -> None:
+    data = build(Options(source=str(batches), normal=("cat",)))
+    before = data.entries()
+    path = batches / "data_batch_2"
+    content = pickle.loads(path.read_bytes())
+    content[b"data"] = content[b"data"][:, ::-1].copy()  # the same bytes, so the file has the same size
+    size = path.stat().st_size
+    write(path, content, path.read_bytes()[1])
+    assert path.stat().st_size == size
+    changed = {
+        old.image_id.split("/")[0]
+        for old, new in zip(before, data.entries(), strict=True)
+        if old.fingerprint != new.fingerprint
+    }
+    assert changed == {"data_batch_2"}
+    pixels = decode(data.read(before[1])[0], SPEC, "a")
+    assert before[1].image_id == "data_batch_2/00003"
+    assert pixels[0, 0].tolist() == content[b"data"][3, [0, 1024, 2048]].tolist()
+
+
 @pytest.mark.shared
 def test_the_whole_of_cifar10(shared_data: Path) -> None:
     if not (shared_data / "cifar-10-batches-py").is_dir():

@@ -62,9 +62,28 @@ def test_options_from_a_config() -> None:
     assert config.data.dataset.model_dump() == {"name": "digits", "normal": ("4", "5")}
 
 
+@pytest.mark.parametrize(("written", "meant"), [("[3]", ["3"]), ("[3, '5']", ["3", "5"]), ("8", ["8"]), ("'8'", ["8"])])
+def test_digits_may_be_written_as_numbers(written: str, meant: list[str]) -> None:
+    config = ExperimentConfig().override([f"data.dataset.normal={written}"])
+    strings = ExperimentConfig().override({"data.dataset.normal": meant})
+    assert config.to_dict() == strings.to_dict()
+    assert config.digest() == strings.digest()
+    assert ExperimentConfig().override(config.to_dict()) == config
+
+
 @pytest.mark.parametrize(
     ("normal", "message"),
-    [("['x']", "'x' is no digit"), ("['1', '1']", "names a digit twice"), ("[]", "at least 1 item")],
+    [
+        ("['x']", "'x' is no digit"),
+        ("['1', '1']", "names a digit twice"),
+        ("[]", "at least 1 item"),
+        ("[true]", "valid string"),
+        ("true", "valid tuple"),
+        ("8.0", "valid tuple"),
+        ("[1, '1']", "names a digit twice"),
+        ("10", "'10' is no digit"),
+        ("null", "valid tuple"),
+    ],
 )
 def test_bad_digits_are_refused(normal: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,30 @@ def test_without_ground_truth_there_are_no_masks(mvtec: Path) -> None:
     (mvtec / "ground_truth").rename(mvtec.parent / "elsewhere")
     data = build(options(mvtec))
     assert all(data.read(entry)[1] is None for entry in data.entries())
+
+
+def test_the_fingerprint_sees_the_image_and_its_mask(mvtec: Path) -> None:
+    data = build(options(mvtec))
+
+    def changed_by(path: Path) -> list[str]:
+        before = data.entries()
+        status = path.stat()
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+        return [
+            old.image_id
+            for old, new in zip(before, data.entries(), strict=True)
+            if old.fingerprint != new.fingerprint and replace(old, fingerprint=new.fingerprint) == new
+        ]
+
+    assert changed_by(mvtec / "train/good/002.png") == ["train/good/002.png"]
+    assert changed_by(mvtec / "test/dent/001.png") == ["test/dent/001.png"]
+    assert changed_by(mvtec / "ground_truth/dent/001_mask.png") == ["test/dent/001.png"]
+    with_masks = data.entries()
+    (mvtec / "ground_truth").rename(mvtec.parent / "elsewhere")
+    without = data.entries()
+    assert [old.is_anomaly for old in with_masks] == [
+        old.fingerprint != new.fingerprint for old, new in zip(with_masks, without, strict=True)
+    ]
 
 
 def test_a_missing_mask_is_named_and_counted(mvtec: Path) -> None:

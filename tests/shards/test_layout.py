@@ -94,6 +94,7 @@ def test_plan_digests_tell_plans_apart() -> None:
     assert len(digests) == 2
     changed = [
         plan_shards([replace(entry, size=1001) for entry in entries(60)], config),
+        plan_shards([replace(entry, fingerprint="rewritten") for entry in entries(60)], config),
         plan_shards(entries(60), config.model_copy(update={"shard_format": "raw"})),
         plan_shards(entries(60), config.model_copy(update={"resize": "strict"})),
         plan_shards(entries(60), DataConfig(dataset={"name": "digits", "normal": ("1",)})),

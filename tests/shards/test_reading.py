@@ -189,7 +189,7 @@ def test_shards_of_another_config(
     for fields, message in (
         ({"split_seed": 3}, r"was prepared with data.split_seed = 0, the config says 3; run raydiff prepare again"),
         ({"calibration_fraction": 0.5}, r"was prepared with data.calibration_fraction = 0.25"),
-        ({"dataset": {"name": "digits"}}, r"was prepared with data.dataset = {'category': None, 'name': 'folder'"),
+        ({"dataset": {"name": "digits"}}, r"prepared with data.dataset.name = folder, the config says digits; run"),
     ):
         with pytest.raises(DataError, match=message):
             part_shards.check(parts_config(**fields))
@@ -197,6 +197,39 @@ def test_shards_of_another_config(
     raw.check(parts_config())
     with pytest.raises(DataError, match=r"was prepared with data.image_size = \[16, 20\], the config says \[8, 8\]"):
         raw.check(parts_config(image_size=(8, 8)))
+
+
+def test_the_options_of_the_data_set_are_compared(digit_shards: ShardSet) -> None:
+    digit_shards.check(DataConfig(dataset={"name": "digits", "normal": [0, 1, 2]}))
+    with pytest.raises(
+        DataError,
+        match=r"data.dataset.normal = \['0', '1', '2'\], the config says \['8'\]; run raydiff prepare again, or",
+    ):
+        digit_shards.check(DataConfig(dataset={"name": "digits", "normal": "8"}))
+
+
+def test_shards_serve_where_the_source_lies_elsewhere_or_is_gone(
+    parts: Path, part_shards: ShardSet, parts_config: Callable[..., DataConfig], tmp_path: Path
+) -> None:
+    moved = str(tmp_path / "nowhere" / parts.name)
+    for source in (moved, str(parts) + "/"):
+        part_shards.check(parts_config(dataset={"name": "folder", "source": source}))
+    for options, message in (
+        ({"category": "screw"}, "data.dataset.category = None, the config says screw"),
+        ({"test_fraction": 0.5}, r"data.dataset.test_fraction = 0.0, the config says 0.5"),
+    ):
+        with pytest.raises(DataError, match=message):
+            part_shards.check(parts_config(dataset={"name": "folder", "source": moved} | options))
+
+
+def test_shards_of_a_folder_that_was_deleted(parts: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(parts, tmp_path / "parts"))
+    config = DataConfig(dataset={"name": "folder", "source": str(source)}, image_size=(16, 20))
+    write_shards(config, str(tmp_path / "shards"))
+    shutil.rmtree(source)
+    shards = ShardSet.open(str(tmp_path / "shards"))
+    shards.check(config)
+    assert sum(len(batch.ids) for batch in shards.read("train", SPEC)) == 30
 
 
 def test_an_unknown_kind_of_place() -> None:

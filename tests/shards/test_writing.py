@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from raydiff import registry
 from raydiff.config import DataConfig
@@ -130,6 +133,43 @@ def test_the_digest_sees_every_file(own_parts: Path, part_shards: ShardSet, tmp_
     path = own_parts / changed
     path.write_bytes(path.read_bytes() + b"\0")
     assert write_shards(config, str(tmp_path / "changed")).digest != part_shards.digest
+
+
+def test_other_pixels_at_the_same_size_are_written_again(own_parts: Path, tmp_path: Path) -> None:
+    path = own_parts / "test/good/000.png"
+    pixels = np.asarray(Image.open(path))
+    Image.fromarray(pixels).save(path, compress_level=0)
+    size = path.stat().st_size
+    before = write_shards(config_of(own_parts), str(tmp_path / "out"))
+    Image.fromarray(255 - pixels).save(path, compress_level=0)
+    assert path.stat().st_size == size
+    after = write_shards(config_of(own_parts), str(tmp_path / "out"))
+    assert after.digest != before.digest
+    assert after.normal_digest == before.normal_digest
+    rows = pq.read_table(tmp_path / "out/test-00000.parquet").to_pylist()
+    assert next(row["image"] for row in rows if row["image_id"] == "test/good/000.png") == path.read_bytes()
+
+
+def test_masks_that_came_later_are_written(own_parts: Path, tmp_path: Path) -> None:
+    (own_parts / "ground_truth").rename(tmp_path / "masks")
+    before = write_shards(config_of(own_parts), str(tmp_path / "out"))
+    kept = (tmp_path / "out/train-00000.parquet").stat().st_ino
+    assert not before.has_masks
+    (tmp_path / "masks").rename(own_parts / "ground_truth")
+    after = write_shards(config_of(own_parts), str(tmp_path / "out"))
+    assert after.has_masks
+    assert after.digest != before.digest
+    assert (tmp_path / "out/train-00000.parquet").stat().st_ino == kept  # no mask there, so nothing to write
+
+
+def test_the_digests_depend_neither_on_where_the_files_lie_nor_on_when_they_were_written(
+    own_parts: Path, part_shards: ShardSet, tmp_path: Path
+) -> None:
+    for path in own_parts.rglob("*.*"):
+        os.utime(path, (1, 1))
+    moved = write_shards(config_of(own_parts), str(tmp_path / "out"))
+    assert {record.plan for record in moved.records}.isdisjoint(record.plan for record in part_shards.records)
+    assert (moved.digest, moved.normal_digest) == (part_shards.digest, part_shards.normal_digest)
 
 
 def test_a_truncated_image_stops_the_run_and_is_named(own_parts: Path, tmp_path: Path) -> None:
