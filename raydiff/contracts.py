@@ -108,6 +108,10 @@ class Space(Protocol):
         """What must be saved with the artefact; empty for a fixed space."""
         ...
 
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`state` gave."""
+        ...
+
 
 class Scorer(Protocol):
     """Built by ``scorers/<name>.py: build(options)``. Stateless: what it learns travels as ``statistics``.

@@ -128,6 +128,17 @@ class ShardSet:
         total = sum(int(record.content, 16) for record in normal) % 2**256
         return hashlib.sha256(f"{total:064x} {sum(record.rows for record in normal)}".encode()).hexdigest()
 
+    @classmethod
+    def is_finished(cls, uri: str) -> bool:
+        """Whether there is a manifest; opens nothing, and is False where there is no such place."""
+        return MANIFEST in Storage.of(uri).sizes()
+
+    @property
+    def can_be_tested(self) -> bool:
+        """Whether the test split has normal and anomalous images."""
+        test = [record for record in self.records if record.split == "test"]
+        return 0 < sum(record.anomalies for record in test) < sum(record.rows for record in test)
+
     @property
     def has_masks(self) -> bool:
         """Whether every anomalous image has a mask."""
