@@ -107,7 +107,8 @@ class DataConfig(Section):
     )
     shuffle_window: int = Field(4096, gt=0, description="images among which the order is random when streaming")
     shards: str | None = Field(
-        None, description="where the shards lie or go: a folder or s3://...; the run's own folder when empty",
+        None,
+        description="where the shards lie or go: a folder or s3://...; the run's own folder when empty",
         json_schema_extra=NO_EFFECT,
     )
     shard_format: Literal["encoded", "raw"] = Field(
