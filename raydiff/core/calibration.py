@@ -26,7 +26,8 @@ __all__ = ["Calibration", "Threshold", "conformal_quantile", "fit_threshold"]
 class Threshold:
     """A cut and the rule that made it: an image whose score lies above ``value`` is called anomalous.
 
-    ``guaranteed_fpr`` bounds the false-positive rate, averaged over calibration sets of this size; it exceeds
+    ``nominal_fpr`` bounds the false-positive rate, averaged over calibration sets of this size, for scores exchangeable
+    with those to come (a scorer that is cross-fitted makes it an approximation); it exceeds
     ``target_fpr`` only when there are fewer than 1 / target_fpr - 1 images. ``interval`` holds the rate of this very
     calibration set with 95 % probability.
     """
@@ -34,7 +35,7 @@ class Threshold:
     value: float
     target_fpr: float
     num_images: int
-    guaranteed_fpr: float
+    nominal_fpr: float
     interval: tuple[float, float]
 
     @property
@@ -42,7 +43,7 @@ class Threshold:
         """The rule in words."""
         return (
             f"finite-sample quantile of {self.num_images} calibration normals for a false-positive rate of"
-            f" {self.target_fpr:.3g} (guaranteed {self.guaranteed_fpr:.3g},"
+            f" {self.target_fpr:.3g} (nominal {self.nominal_fpr:.3g},"
             f" 95 % interval {self.interval[0]:.3g} to {self.interval[1]:.3g})"
         )
 

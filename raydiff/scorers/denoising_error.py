@@ -18,6 +18,7 @@ from torch import Tensor
 from raydiff.core.diffusion import Diffusion
 from raydiff.core.sampler import ddim_sample
 from raydiff.core.schedule import NoiseSchedule
+from raydiff.errors import ConfigError
 from raydiff.judgement import Judge, JudgeOptions
 
 __all__ = ["DenoisingError", "Options", "build"]
@@ -53,7 +54,13 @@ class DenoisingError(Judge):
         """The K steps, ascending and evenly spaced between ``start`` and ``stop``."""
         last = len(schedule) - 1
         steps = torch.linspace(self.options.start, self.options.stop, self.options.num_inference_steps) * last
-        return [int(t) for t in steps.round()]
+        chosen = [int(t) for t in steps.round()]
+        if len(set(chosen)) < len(chosen):
+            raise ConfigError(
+                f"scoring.num_inference_steps is {len(chosen)}; between scoring.start and scoring.stop a schedule of"
+                f" {len(schedule)} steps has only {chosen[-1] - chosen[0] + 1}"
+            )
+        return chosen
 
     def num_evaluations(self, model: Diffusion) -> int:
         """K x repeats, times the classes when each is tried."""
@@ -72,7 +79,7 @@ class DenoisingError(Judge):
         return errors[best, torch.arange(len(x))]
 
     def reconstruct(self, model: Diffusion, x: Tensor) -> Tensor | None:
-        """Start clean at the highest step and denoise down the same steps (not part of the score)."""
+        """Diffuse to the highest step and denoise down the same steps, without a label (not part of the score)."""
         steps = sorted(set(self.timesteps(model.schedule)), reverse=True)
         t = torch.full((len(x),), steps[0], dtype=torch.int64)
         start = model.schedule.add_noise(x, t, model.noise(tuple(x.shape[1:]), steps[0]).to(x))

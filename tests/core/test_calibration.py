@@ -30,16 +30,16 @@ def test_the_threshold_is_the_finite_sample_quantile(n, target, rank):
     threshold = fit_threshold(values, target)
     assert threshold.value == float(values.sort().values[rank - 1])
     assert conformal_quantile(values.numpy(), target) == (threshold.value, rank)
-    assert threshold.guaranteed_fpr == pytest.approx((n + 1 - rank) / (n + 1))
+    assert threshold.nominal_fpr == pytest.approx((n + 1 - rank) / (n + 1))
 
 
 @pytest.mark.parametrize("target", [0.01, 0.05, 0.1, 0.3])
 @pytest.mark.parametrize("n", [20, 99, 100, 101, 999])
 def test_the_guarantee_keeps_the_target_where_there_are_enough_images(n, target):
     threshold = fit_threshold(scores(n), target)
-    assert threshold.guaranteed_fpr <= target or n < 1 / target - 1
+    assert threshold.nominal_fpr <= target or n < 1 / target - 1
     low, high = threshold.interval
-    assert 0 <= low < threshold.guaranteed_fpr < high <= 1
+    assert 0 <= low < threshold.nominal_fpr < high <= 1
 
 
 def test_no_rounding_turns_a_whole_rank_into_the_next():
@@ -54,7 +54,7 @@ def test_new_normals_exceed_it_as_rarely_as_promised(n, target):
     rng = np.random.default_rng(0)
     thresholds = [fit_threshold(torch.from_numpy(rng.normal(size=n)), target) for _ in range(2000)]
     rates = np.array([stats.norm.sf(threshold.value) for threshold in thresholds])
-    assert rates.mean() == pytest.approx(thresholds[0].guaranteed_fpr, rel=0.05)
+    assert rates.mean() == pytest.approx(thresholds[0].nominal_fpr, rel=0.05)
     low, high = thresholds[0].interval
     assert np.mean((rates >= low) & (rates <= high)) == pytest.approx(0.95, abs=0.015)
 
@@ -102,7 +102,7 @@ def test_the_verdict_and_the_p_value_agree(target):
     fitted = calibration(scores(60), target)
     new = torch.cat([scores(500, seed=2), fitted.scores])
     above = new > fitted.threshold.value
-    assert torch.equal(above, fitted.p_value(new) < fitted.threshold.guaranteed_fpr + 1e-12)
+    assert torch.equal(above, fitted.p_value(new) < fitted.threshold.nominal_fpr + 1e-12)
 
 
 def test_float32_scores_meet_their_float64_copies():
@@ -132,7 +132,7 @@ def test_the_rule_in_words_names_all_its_parts():
     rule = Threshold(1.0, 0.05, 99, 0.05, (0.017, 0.1)).rule
     assert rule == (
         "finite-sample quantile of 99 calibration normals for a false-positive rate of 0.05"
-        " (guaranteed 0.05, 95 % interval 0.017 to 0.1)"
+        " (nominal 0.05, 95 % interval 0.017 to 0.1)"
     )
 
 
