@@ -12,8 +12,8 @@ tasks back when it fills. See :mod:`raydiff.shards.windows` for how many bytes a
 
 from __future__ import annotations
 
+import json
 import logging
-import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -66,19 +66,21 @@ def prepare(data: DataConfig, destination: str, *, progress: Callable[[int, int]
 
 def _map_plans(write: Callable[[ShardPlan], ShardRecord], plans: list[ShardPlan]) -> Iterator[ShardRecord]:
     """``map`` as Ray Data tasks, one shard each; records come as they are done."""
+    arguments = {"write": write, "plans": [ray.put(plan) for plan in plans]}
     with DataContext.current(_context(preserve_order=False)):
-        items = [{"plan": pickle.dumps(plan)} for plan in plans]
-        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            _write_one, fn_kwargs={"write": write}, batch_size=1, batch_format="pyarrow", num_cpus=1
+        dataset = ray.data.range(len(plans), override_num_blocks=len(plans)).map_batches(
+            _write_one, fn_kwargs=arguments, batch_size=1, batch_format="pyarrow", num_cpus=1
         )
     for block in _blocks(dataset):
-        for pickled in block.column("record").to_pylist():
-            yield pickle.loads(pickled)  # noqa: S301  (made by our own tasks)
+        for record in block.column("record").to_pylist():
+            yield ShardRecord.from_dict(json.loads(record))
 
 
-def _write_one(batch: pa.Table, write: Callable[[ShardPlan], ShardRecord]) -> pa.Table:
-    plan = pickle.loads(batch.column("plan")[0].as_py())  # noqa: S301  (made by the driver)
-    return pa.table({"record": [pickle.dumps(write(plan))]})
+def _write_one(
+    batch: pa.Table, write: Callable[[ShardPlan], ShardRecord], plans: list[ray.ObjectRef[ShardPlan]]
+) -> pa.Table:
+    plan = ray.get(plans[batch.column("id")[0].as_py()])
+    return pa.table({"record": [json.dumps(write(plan).to_dict())]})
 
 
 def streaming(
