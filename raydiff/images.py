@@ -102,7 +102,7 @@ class DecodedImage:
 
 
 def decode(data: bytes, spec: ImageSpec, name: str) -> NDArray[np.uint8]:
-    """The pixels of an image file, (H, W, C).
+    """The pixels of an image file, (H, W, C), read-only.
 
     Turned upright by its EXIF orientation; 16 bits scaled to 8 over the full range (colour PNG: the high byte);
     palettes resolved; grey from colour by ITU-R 601 luma; resized with antialiased bicubic filtering.
@@ -129,7 +129,7 @@ def decode_file(data: bytes, spec: ImageSpec, name: str) -> DecodedImage:
             f"{spec.image_size[0]} x {spec.image_size[1]} with {spec.channels}; set data.resize to stretch or pad, or "
             f"data.image_size and data.channels to what the images have"
         )
-    fitted = image.convert("L" if spec.channels == 1 else "RGB")
+    fitted = _in_mode(image, "L" if spec.channels == 1 else "RGB")
     pixels = _fit(fitted, spec, Image.Resampling.BICUBIC).reshape(*spec.image_size, spec.channels)
     return DecodedImage(pixels, kind, image.height, image.width, channels)
 
@@ -290,7 +290,11 @@ def _eight_bit(image: Image.Image, name: str) -> Image.Image:
         if colour.getchannel("A").getextrema() != (255, 255):
             raise DataError(f"{name}: has transparent pixels; flatten it onto the background that is meant")
         return colour.getchannel("R") if grey else colour.convert("RGB")
-    return image.convert("L" if grey else "RGB")
+    return _in_mode(image, "L" if grey else "RGB")
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _fit(image: Image.Image, spec: ImageSpec, resample: Image.Resampling) -> NDArray[np.uint8]:
@@ -303,7 +307,7 @@ def _fit(image: Image.Image, spec: ImageSpec, resample: Image.Resampling) -> NDA
         inner = (height, width)
     if (image.height, image.width) != inner:
         image = image.resize((inner[1], inner[0]), resample)
-    pixels: NDArray[np.uint8] = np.array(image, dtype=np.uint8)
+    pixels: NDArray[np.uint8] = np.asarray(image)
     if inner == (height, width):
         return pixels
     top, left = (height - inner[0]) // 2, (width - inner[1]) // 2

@@ -1,37 +1,41 @@
-"""Ray Data around :mod:`raydiff.shards`: writing shards in parallel, and streaming them to training workers.
+"""Ray around :mod:`raydiff.shards`: writing shards in parallel, and streaming them to training workers.
 
-Streaming is two stages. A read task takes one window of the training order and hands on this worker's images, still
-encoded, in chunks; decode tasks turn chunks into pixels, in parallel; order is preserved. (Raw pixels need no second
-stage.) All tasks ask for no CPU and are limited in number instead, so that they can run beside training workers that
-hold every CPU of the cluster.
+Writing is a Ray Data pipeline, a shard per task.
 
-Memory: at most ``READ_AHEAD`` windows are in the read tasks' memory, encoded, this worker's share only; what is decoded
-and not yet consumed lies in the object store, a few chunks of about ``CHUNK_BYTES`` per task, and Ray Data holds the
-tasks back when it fills. See :mod:`raydiff.shards.windows` for how many bytes are read.
+Streaming is two kinds of Ray tasks. A read task takes one window of the training order and hands on this worker's
+images, still encoded, in chunks; a decode task turns a chunk into pixels. (Raw pixels need no decode task.) References
+are kept in order, so the result does not depend on which task ends first. The tasks ask for no CPU and are limited in
+number instead: they run beside training workers that hold every CPU of the cluster. As a Ray Data pipeline of the same
+two stages it gave about half the images per second: its scheduler may look at a finished task 0.1 s late, and costs the
+training worker some 10 ms per block (docs/LOG.md).
+
+Memory: ``READ_AHEAD`` windows, encoded, this worker's share only, in the read tasks. In the object store at most
+``_BUFFERED`` encoded chunks per window and a decoded one per decode task and one more, whatever the size of the data
+set; chunks shrink with the object store. See :mod:`raydiff.shards.windows` for how many bytes are read.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
+import ray
 import ray.data
-from ray.data import DataContext, TaskPoolStrategy
+from ray.data import DataContext
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydiff.config import DataConfig
 from raydiff.errors import RaydiffError, WorkerError
 from raydiff.images import ImageSpec
 from raydiff.shards import ShardPlan, ShardRecord, ShardSet, TrainingBatch, TrainingOrder, write_shards
 from raydiff.shards.order import Share, Window
-from raydiff.shards.reading import StoredImage
 from raydiff.shards.windows import StoredChunk, cut, stored_chunks
 
 __all__ = ["CHUNK_BYTES", "READ_AHEAD", "prepare", "streaming"]
@@ -40,10 +44,9 @@ READ_AHEAD = 2
 """Windows that are read at the same time."""
 
 CHUNK_BYTES = 8 * 2**20
-"""Decoded size of the chunks that pass between tasks."""
+"""Decoded size of the chunks that pass between tasks, at most."""
 
-_BLOCK_BYTES = 2**18
-_WINDOWS_PER_PIPELINE = 512
+_BUFFERED = 4
 
 
 def prepare(data: DataConfig, destination: str, *, progress: Callable[[int, int], None] | None = None) -> ShardSet:
@@ -67,13 +70,15 @@ def prepare(data: DataConfig, destination: str, *, progress: Callable[[int, int]
 def _map_plans(write: Callable[[ShardPlan], ShardRecord], plans: list[ShardPlan]) -> Iterator[ShardRecord]:
     """``map`` as Ray Data tasks, one shard each; records come as they are done."""
     arguments = {"write": write, "plans": [ray.put(plan) for plan in plans]}
-    with DataContext.current(_context(preserve_order=False)):
+    with DataContext.current(_context()):
         dataset = ray.data.range(len(plans), override_num_blocks=len(plans)).map_batches(
             _write_one, fn_kwargs=arguments, batch_size=1, batch_format="pyarrow", num_cpus=1
         )
-    for block in _blocks(dataset):
-        for record in block.column("record").to_pylist():
-            yield ShardRecord.from_dict(json.loads(record))
+    try:
+        for row in dataset.iter_rows():
+            yield ShardRecord.from_dict(json.loads(row["record"]))
+    except RayError as error:
+        raise _ours(error) or WorkerError(f"writing shards failed: {' '.join(str(error).split())[:500]}") from error
 
 
 def _write_one(
@@ -109,7 +114,8 @@ def streaming(
         start_step: the first global batch.
         rank: which worker, from 0.
         world_size: of how many.
-        num_decoders: decode tasks at a time, for this worker; by default its share of the CPUs that training leaves.
+        num_decoders: decode tasks for this worker, beside one that is about to start; by default its share of the CPUs
+            that training leaves.
 
     Raises:
         DataError: a shard or an image cannot be read; the message names it.
@@ -117,7 +123,7 @@ def streaming(
     """
     share = Share(batch_size, start_step, rank, world_size)
     pixels = spec.image_size[0] * spec.image_size[1] * spec.channels
-    job = _Job(shards, spec, order, share, start_step + num_steps, max(1, CHUNK_BYTES // pixels))
+    job = _Job(shards, spec, order, share, start_step + num_steps, max(1, _chunk_bytes(world_size) // pixels))
     return cut(_pieces(job, num_decoders or _spare_cpus(world_size)), share.rows_per_step)
 
 
@@ -132,119 +138,59 @@ class _Job:
     stop_step: int
     rows_per_chunk: int
 
+    @property
+    def raw(self) -> bool:
+        """Whether the shards hold pixels, which need no decoding."""
+        return bool(self.shards.data["shard_format"] == "raw")
+
     def windows(self) -> Iterator[Window]:
         """The windows that hold the batches asked for."""
         stop = self.stop_step * self.share.batch_size
         return takewhile(lambda window: window.start < stop, self.order.windows(self.share.start))
 
-    def chunks(self, epoch: int, index: int) -> Iterator[StoredChunk]:
-        """This worker's images of one window."""
-        window = next(islice(self.order.epoch(epoch), index, None))
-        return stored_chunks(
-            self.shards, self.order, self.share, window, rows_per_chunk=self.rows_per_chunk, stop_step=self.stop_step
-        )
+
+def _read(job: _Job, window: Window) -> Iterator[StoredChunk | TrainingBatch]:
+    """This worker's images of a window; decoded if they are raw."""
+    for chunk in stored_chunks(
+        job.shards, job.order, job.share, window, rows_per_chunk=job.rows_per_chunk, stop_step=job.stop_step
+    ):
+        yield chunk.decode(job.spec) if job.raw else chunk
+
+
+def _decode(chunk: StoredChunk, spec: ImageSpec) -> TrainingBatch:
+    return chunk.decode(spec)
 
 
 def _pieces(job: _Job, num_decoders: int) -> Iterator[TrainingBatch]:
-    """Chunks of the stream in order. A pipeline ends after many windows, to keep Ray's task lists short."""
-    windows = job.windows()
-    while part := list(islice(windows, _WINDOWS_PER_PIPELINE)):
-        for block in _blocks(_pipeline(job, part, num_decoders)):
-            for row in range(block.num_rows):
-                yield _decoded_from_row(block, row, job.spec)
-
-
-def _pipeline(job: _Job, windows: list[Window], num_decoders: int) -> ray.data.Dataset:
-    with DataContext.current(_context(preserve_order=True)):
-        items = [{"epoch": window.epoch, "index": window.index} for window in windows]
-        source = ray.data.from_items(items, override_num_blocks=len(items))
-        raw = job.shards.data["shard_format"] == "raw"
-        stage = {"fn_kwargs": {"job": job}, "batch_format": "pyarrow", "num_cpus": 0}
-        read = source.map_batches(
-            _read_raw if raw else _read_encoded,
-            batch_size=1,
-            compute=TaskPoolStrategy(min(READ_AHEAD, len(windows))),
-            **stage,
-        )
-        if raw:
-            return read
-        # max_calls=0 is the default, spelt out: with equal arguments Ray would fuse the two into one task per window
-        return read.map_batches(_decode, batch_size=None, compute=TaskPoolStrategy(num_decoders), max_calls=0, **stage)
-
-
-def _read_encoded(batch: pa.Table, job: _Job) -> Iterator[pa.Table]:
-    for chunk in job.chunks(batch.column("epoch")[0].as_py(), batch.column("index")[0].as_py()):
-        yield _encoded_to_row(chunk)
-
-
-def _read_raw(batch: pa.Table, job: _Job) -> Iterator[pa.Table]:
-    for chunk in job.chunks(batch.column("epoch")[0].as_py(), batch.column("index")[0].as_py()):
-        yield _decoded_to_row(chunk.decode(job.spec))
-
-
-def _decode(block: pa.Table, job: _Job) -> Iterator[pa.Table]:
-    for row in range(block.num_rows):
-        yield _decoded_to_row(_encoded_from_row(block, row).decode(job.spec))
-
-
-# A chunk travels as one table row, so that Ray neither splits nor copies it.
-
-
-def _encoded_to_row(chunk: StoredChunk) -> pa.Table:
-    return pa.table(
-        {
-            "epoch": [chunk.epoch],
-            "label": pa.array([chunk.labels], pa.list_(pa.int64())),
-            "image_id": [[image.image_id for image in chunk.images]],
-            "format": [[image.format for image in chunk.images]],
-            "shape": [[image.shape for image in chunk.images]],
-            "content": pa.array([[bytes(image.content) for image in chunk.images]], pa.list_(pa.binary())),
-        }
-    )
-
-
-def _encoded_from_row(block: pa.Table, row: int) -> StoredChunk:
-    fields = {name: block.column(name)[row].as_py() for name in ("epoch", "label", "image_id", "format", "shape")}
-    content = block.column("content")[row].values
-    images = [
-        StoredImage(image_id, content[place].as_buffer(), kind, tuple(shape))
-        for place, (image_id, kind, shape) in enumerate(
-            zip(fields["image_id"], fields["format"], fields["shape"], strict=True)
-        )
-    ]
-    return StoredChunk(fields["epoch"], images, np.array(fields["label"], dtype=np.int64))
-
-
-def _decoded_to_row(piece: TrainingBatch) -> pa.Table:
-    offsets = pa.array([0, piece.images.nbytes], pa.int32()).buffers()[1]
-    images = pa.Array.from_buffers(pa.binary(), 1, [None, offsets, pa.py_buffer(piece.images)])
-    return pa.table(
-        {
-            "image_id": [piece.ids],
-            "epoch": pa.array([piece.epochs], pa.list_(pa.int64())),
-            "label": pa.array([piece.labels], pa.list_(pa.int64())),
-            "images": images,
-        }
-    )
-
-
-def _decoded_from_row(block: pa.Table, row: int, spec: ImageSpec) -> TrainingBatch:
-    pixels = np.frombuffer(block.column("images")[row].as_buffer(), dtype=np.uint8)
-    return TrainingBatch(
-        block.column("image_id")[row].as_py(),
-        np.array(block.column("epoch")[row].as_py(), dtype=np.int64),
-        pixels.reshape(-1, *spec.image_size, spec.channels),
-        np.array(block.column("label")[row].as_py(), dtype=np.int64),
-    )
-
-
-def _blocks(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
-    """The blocks of a pipeline as they come; errors of ours that a task met are raised as themselves."""
-    blocks: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    """Chunks of the stream in order, a bounded number of them in the making."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    refs = _chunk_refs(job, here)
+    if not job.raw:
+        decode, spec = ray.remote(_decode).options(num_cpus=0, scheduling_strategy=here), ray.put(job.spec)
+        refs = (decode.remote(ref, spec) for ref in refs)
+    making: deque[Any] = deque()
     try:
-        yield from blocks
+        for ref in refs:
+            making.append(ref)
+            if len(making) > num_decoders:
+                yield ray.get(making.popleft())
+        while making:
+            yield ray.get(making.popleft())
     except RayError as error:
-        raise _ours(error) or WorkerError(f"Ray Data failed: {' '.join(str(error).split())[:500]}") from error
+        raise _ours(error) or WorkerError(f"streaming failed: {' '.join(str(error).split())[:500]}") from error
+
+
+def _chunk_refs(job: _Job, here: NodeAffinitySchedulingStrategy) -> Iterator[Any]:
+    """References to the chunks in order, from a few windows that are read at the same time."""
+    read = ray.remote(_read).options(
+        num_cpus=0, scheduling_strategy=here, num_returns="streaming", _generator_backpressure_num_objects=_BUFFERED
+    )
+    shared = ray.put(job)
+    windows = job.windows()
+    reading = deque(read.remote(shared, window) for window in islice(windows, READ_AHEAD))
+    while reading:
+        yield from chain(reading.popleft())  # chain: Ray's generators refuse close()
+        reading.extend(read.remote(shared, window) for window in islice(windows, 1))
 
 
 def _ours(error: BaseException | None) -> RaydiffError | None:
@@ -254,17 +200,20 @@ def _ours(error: BaseException | None) -> RaydiffError | None:
     return None if error is None else type(error)(str(error).partition("\n")[0])
 
 
-def _context(*, preserve_order: bool) -> DataContext:
-    """Ray Data's settings for our pipelines; it also hushes what it says about them."""
-    warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks for", category=UserWarning)
+def _context() -> DataContext:
+    """Ray Data's settings; it also hushes what Ray Data says about its work."""
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = DataContext.get_current().copy()
-    context.execution_options.preserve_order = preserve_order
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
-    context.target_max_block_size = _BLOCK_BYTES
     return context
+
+
+def _chunk_bytes(world_size: int) -> int:
+    """Less than ``CHUNK_BYTES`` where the object store is small for the number of workers."""
+    store = ray.cluster_resources().get("object_store_memory", 2**30)
+    return min(CHUNK_BYTES, int(store) // world_size // 48)
 
 
 def _spare_cpus(world_size: int) -> int:

@@ -145,6 +145,12 @@ class Share:
         """The stream position of the first batch."""
         return self.start_step * self.batch_size
 
+    def rows_before(self, window: Window) -> int:
+        """How many of this worker's images, from ``start`` on, come before a window."""
+        whole, rest = divmod(max(window.start, self.start), self.batch_size)
+        mine = min(max(rest - self.rank * self.rows_per_step, 0), self.rows_per_step)
+        return (whole - self.start_step) * self.rows_per_step + mine
+
     def of(self, order: TrainingOrder, window: Window, stop_step: int | None = None) -> NDArray[np.int64]:
         """The row numbers of a window that are this worker's, in training order; ``stop_step`` is exclusive."""
         positions = window.start + np.arange(window.num_rows)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +56,6 @@ def shards(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytes
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of a few images, so that these small shards make many."""
     monkeypatch.setattr(module, "CHUNK_BYTES", 100_000)
-    monkeypatch.setattr(module, "_BLOCK_BYTES", 1024)
 
 
 SPEC = ImageSpec((40, 48), 3)
@@ -140,22 +142,28 @@ def test_two_workers_see_every_image_once_per_epoch(shards: ShardSet) -> None:
     assert sum(epoch == 0 for epoch, _ in seen) == shards.count("train")
 
 
+def own_tasks() -> list[int]:
+    """Processes that read or decode, of the Ray that this process started."""
+    parents, tasks = {}, []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if (folder / "cmdline").read_bytes().startswith((b"ray::_read", b"ray::_decode")):
+                tasks.append(int(folder.name))
+
+    def descends(pid: int) -> bool:
+        return pid == os.getpid() or (pid in parents and descends(parents[pid]))
+
+    return [pid for pid in tasks if descends(pid)]
+
+
 @pytest.mark.usefixtures("small_chunks")
-def test_pipelines_follow_each_other_without_a_seam(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_WINDOWS_PER_PIPELINE", 2)
-    streamed = streaming(shards, SPEC, order_of(shards), batch_size=32, num_steps=20)
-    assert_same(streamed, cached_stream(shards, SPEC, order_of(shards), batch_size=32), 20)
-
-
-def test_windows_are_decoded_in_parts(shards: ShardSet, small_chunks: None) -> None:
-    if shards.data["shard_format"] == "raw":
-        pytest.skip("raw pixels are not decoded")
-    job = module._Job(shards, SPEC, order_of(shards), module.Share(32, 0, 0, 1), 7, 17)
-    pipeline = module._pipeline(job, list(job.windows()), num_decoders=module.READ_AHEAD)
-    chunks = sum(block.num_rows for block in module._blocks(pipeline))
-    assert chunks > len(list(job.windows()))
-    assert "MapBatches(_read_encoded)->MapBatches(_decode)" not in pipeline.stats()
-    assert "MapBatches(_decode)" in pipeline.stats()
+def test_a_lost_process_is_replaced(shards: ShardSet) -> None:
+    stream = streaming(shards, SPEC, order_of(shards), batch_size=32, num_steps=40, num_decoders=2)
+    seen = [next(stream) for _ in range(3)]
+    os.kill(own_tasks()[0], signal.SIGKILL)  # a read task waits until its chunks are taken, so there is one
+    expected = cached_stream(shards, SPEC, order_of(shards), batch_size=32)
+    assert_same(chain(seen, stream), expected, 40)
 
 
 def test_streaming_beside_workers_that_hold_every_cpu(shards: ShardSet) -> None:
