@@ -1,4 +1,4 @@
-"""Images/s of Ray Data streaming beside a torch ``DataLoader`` on the same shards, and the memory it takes.
+"""Images/s of streaming through Ray beside a torch ``DataLoader`` on the same shards, and the memory it takes.
 
 ``python -m benchmarks.shard_streaming --repeats 5`` prints two Markdown tables. The images are crops of the two
 photographs that come with scikit-learn, with a little noise, 256 x 256 RGB. The two loaders run in turn, so that a busy
@@ -11,6 +11,7 @@ own, and decode them with Pillow, in an order that is shuffled by row group only
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import statistics
@@ -161,15 +162,18 @@ class Watch(threading.Thread):
 
 
 def busy_tasks() -> list[int]:
-    """Processes that run one of our tasks at this moment (Ray names them so)."""
-    found = []
+    """Processes of our Ray that read or decode at this moment (Ray names them so)."""
+    parents, tasks = {}, []
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if (folder / "cmdline").read_bytes().startswith(b"ray::MapBatches"):
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return found
+        with contextlib.suppress(OSError):
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if (folder / "cmdline").read_bytes().startswith((b"ray::_read", b"ray::_decode")):
+                tasks.append(int(folder.name))
+
+    def descends(pid: int) -> bool:
+        return pid == os.getpid() or (pid in parents and descends(parents[pid]))
+
+    return [pid for pid in tasks if descends(pid)]
 
 
 def own_memory(pid: int) -> int:
