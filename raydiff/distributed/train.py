@@ -142,7 +142,7 @@ def _worker(job: dict[str, Any]) -> None:
 
 
 def _stream(config: ExperimentConfig, shards: ShardSet, runtime: RayRuntime) -> Stream:
-    """From memory when the decoded training images fit there, else streamed by Ray Data: the same batches."""
+    """From memory when the decoded training images fit there, else streamed by Ray tasks: the same batches."""
     spec = ImageSpec.of(config.data)
     if fits_in_memory(shards, spec, config.data.cache_mb):
         return cached(config, shards, rank=runtime.rank, world_size=runtime.world_size)
@@ -153,7 +153,7 @@ def _stream(config: ExperimentConfig, shards: ShardSet, runtime: RayRuntime) -> 
     def stream(start_step: int) -> Iterator[TrainingBatch]:
         return streaming(
             shards, spec, order, batch_size=config.training.batch_size, start_step=start_step,
-            num_steps=config.training.num_steps, rank=runtime.rank, world_size=runtime.world_size,
+            num_steps=config.training.num_steps - start_step, rank=runtime.rank, world_size=runtime.world_size,
         )  # fmt: skip
 
     return stream

@@ -128,7 +128,7 @@ def test_ctrl_c_and_resume_equal_an_uninterrupted_run(
 ) -> None:
     """As a user does it: ``raydiff fit``, Ctrl-C after the second checkpoint, ``raydiff fit --resume``."""
     config = tiny_config.override(
-        {"training.num_steps": 600, "training.checkpoint_every": 40, "training.log_every": 10,
+        {"training.num_steps": 1000, "training.checkpoint_every": 40, "training.log_every": 10,
          "data.shards": digit_shards.uri}
     )  # fmt: skip
     whole = fit_locally(config, tmp_path / "whole", digit_shards)
@@ -139,6 +139,7 @@ def test_ctrl_c_and_resume_equal_an_uninterrupted_run(
     running = subprocess.Popen(
         [*command, str(path), "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not any(line["step"] >= 90 for line in read_metrics(out)):
