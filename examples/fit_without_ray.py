@@ -2,7 +2,7 @@
 
     python examples/fit_without_ray.py [STEPS]
 
-Half a minute on one core with the 400 steps that it takes by default.
+It takes 400 steps by default.
 """
 
 import sys

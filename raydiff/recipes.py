@@ -49,7 +49,7 @@ def digits(normal: str = "8") -> ExperimentConfig:
 
 
 def images(dataset: dict[str, Any], *, channels: int) -> ExperimentConfig:
-    """Photographs of parts at 64 px, in about ten minutes on two cores."""
+    """Photographs of parts at 64 px."""
     return ExperimentConfig().override(
         {
             "data.dataset": dataset,

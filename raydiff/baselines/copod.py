@@ -3,7 +3,7 @@
 PyOD's ``decision_function`` pools the images it is given with the training images, so its scores depend on the batch,
 which contract 1 forbids. Here each image is pooled alone. PyOD sorts the whole training set again for every call, about
 a second per image on CIFAR-10; looking up the one image's ranks and third moment gives the same numbers, those of
-``COPOD().fit(train).decision_function(image[None])`` (tests/baselines/test_copod.py), without it.
+``COPOD().fit(train).decision_function(image[None])`` (tests/baselines/test_scores.py), without it.
 """
 
 from __future__ import annotations
