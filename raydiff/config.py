@@ -144,8 +144,13 @@ class ObjectiveConfig(Section):
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
     loss_weighting: Literal["uniform", "min_snr"] = "uniform"
     min_snr_gamma: float = Field(5.0, gt=0, description="Hang et al. 2023 (arXiv:2303.09556)")
+    condition: Literal["none", "class", "rotation"] = Field(
+        "none",
+        description="what the denoiser is told: nothing, the image's class, or by how many quarter turns it was rotated"
+        " (each training image by 0 to 3 of them)",
+    )
     condition_dropout: float = Field(
-        0.1, ge=0, le=1, description="share of labels replaced by 'none' when the denoiser is conditional"
+        0.1, ge=0, le=1, description="share of labels replaced by 'none' when there is a condition"
     )
 
 
@@ -233,6 +238,11 @@ class ExperimentConfig(Section):
             raise ValueError(
                 "schedule.rescale_to_zero_terminal_snr leaves nothing of the image at the last step, so epsilon cannot"
                 " tell it; set objective.prediction_type to v_prediction or sample"
+            )
+        if self.objective.condition == "rotation" and len(set(self.data.image_size)) > 1:
+            raise ValueError(
+                f"objective.condition is rotation and data.image_size {self.data.image_size}; quarter turns need square"
+                " images, so set both sides alike"
             )
         share = self.execution.num_workers * self.training.accumulation_steps
         if self.training.batch_size % share:

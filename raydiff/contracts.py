@@ -91,13 +91,41 @@ class Prediction:
 
 
 class Space(Protocol):
-    """Built by ``spaces/<name>.py: build(options, channels=, image_size=)``."""
+    """Built by ``spaces/<name>.py: build(options, channels=, image_size=)``.
+
+    A space that learns is fitted once per run, on training images, before the denoiser is trained; what it learnt (and
+    any pretrained weights it uses) is its state, so that an artefact needs nothing else to be loaded.
+    """
 
     shape: tuple[int, int, int]
     """(C, H, W) of what is diffused."""
 
+    num_fit_images: int
+    """How many training images :meth:`fit` wants at most; 0 for a space that has nothing to learn."""
+
+    costly: bool
+    """Whether encoding takes so long that training should remember what it gave."""
+
+    pretrained: str | None
+    """The name of the pretrained weights in it, for the mark beside its figures; None without."""
+
+    def check(self) -> None:
+        """See that it can be fitted here.
+
+        Raises:
+            ConfigError: it needs a file that is not there; says how to get it.
+        """
+        ...
+
+    def fit(self, images: Tensor) -> None:
+        """Learn from normal training images, (n, C, H, W); depends on them alone."""
+        ...
+
     def encode(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) images in [-1, 1] to (B, *shape)."""
+        """(B, C, H, W) images in [-1, 1] to (B, *shape), on the device of ``images``.
+
+        Row i depends on ``images[i]`` alone, bit for bit. Gradients flow back to images that ask for them.
+        """
         ...
 
     def decode(self, latents: Tensor) -> Tensor | None:
@@ -114,7 +142,7 @@ class Space(Protocol):
 
 
 class Scorer(Protocol):
-    """Built by ``scorers/<name>.py: build(options)``. Stateless: what it learns travels as ``statistics``.
+    """Built by ``scorers/<name>.py: build(options)``. What it learns travels as ``statistics``.
 
     Scoring is cut in two, so that settings that need no network can be changed on measured evidence:
     ``measure`` costs network evaluations, ``judge`` does not.
@@ -135,6 +163,8 @@ class Scorer(Protocol):
     def measure(self, model: Diffusion, x: Tensor) -> Tensor:
         """Evidence per image, float32 (B, K, H, W): one residual map per step. ``x`` is (B, C, H, W) in the space.
 
+        A scorer that has numbers and no maps gives (B, K, 1, 1), and its ``Scores.map`` is None.
+
         Row i depends on ``x[i]`` and the model alone, bit for bit.
         """
         ...
@@ -151,6 +181,14 @@ class Scorer(Protocol):
         """What the model takes the normal version of ``x`` to be, (B, C, H, W) in the space, or None."""
         ...
 
+    def state(self) -> dict[str, Tensor]:
+        """Weights that must travel with the artefact, such as those of a feature network; mostly empty."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`state` gave."""
+        ...
+
 
 class Baseline(Protocol):
     """Built by ``baselines/<name>.py: build(options, seed=)``; wrapped in a ``BaselineDetector``.
@@ -159,6 +197,9 @@ class Baseline(Protocol):
     cannot be written as tensors is refitted in ``load_state`` from the training sample kept in ``state``, to the same
     scores bit for bit.
     """
+
+    pretrained: str | None
+    """The name of the pretrained weights it uses, for the mark beside its figures; None without."""
 
     def fit(self, images: Tensor) -> None:
         """Learn from normal images (n, C, H, W)."""

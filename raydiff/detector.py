@@ -28,7 +28,20 @@ from raydiff.core.schedule import NoiseSchedule, make_schedule
 from raydiff.errors import ArtifactError, ConfigError, NotCalibratedError, ScoreError, ShapeError
 from raydiff.images import ImageSpec
 
-__all__ = ["BaselineDetector", "Detector", "DiffusionDetector", "build_denoiser", "load_detector", "schedule_of"]
+__all__ = [
+    "NUM_ROTATIONS",
+    "BaselineDetector",
+    "Detector",
+    "DiffusionDetector",
+    "build_denoiser",
+    "build_space",
+    "load_detector",
+    "num_conditions",
+    "schedule_of",
+]
+
+NUM_ROTATIONS = 4
+"""Labels of ``objective.condition: rotation``: quarter turns counter-clockwise, 0 for an image as it is."""
 
 _MIN_CALIBRATION = 4
 
@@ -116,6 +129,12 @@ class Detector(ABC):
         """
         return replace(self, artifact_digest=write_folder(path, "artifact", self.files(), overwrite=overwrite))
 
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of the tensors in the artefact."""
+        tensors = [*self._weights().values(), *self._statistics().values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
     def files(self) -> dict[str, bytes]:
         """The artefact's files, the manifest aside."""
         files = {
@@ -131,6 +150,11 @@ class Detector(ABC):
 
     @abstractmethod
     def _score(self, images: Tensor) -> Scores: ...
+
+    @property
+    def pretrained(self) -> str | None:
+        """The name of pretrained weights it uses; None where everything was learnt from the training images."""
+        return None
 
     def _reconstruct(self, images: Tensor) -> Tensor | None:  # noqa: ARG002
         return None
@@ -192,11 +216,12 @@ class DiffusionDetector(Detector):
         num_classes: int,
         provenance: Mapping[str, Any] | None = None,
         device: str = "cpu",
+        space_state: Mapping[str, Tensor] | None = None,
     ) -> Self:
-        """An untrained detector; its network's weights follow from ``config.seed``."""
-        space: Space = registry.build(
-            "spaces", config.space, channels=config.data.channels, image_size=config.data.image_size
-        )
+        """An untrained detector; its network's weights follow from ``config.seed``, its space is ``space_state``'s."""
+        space = build_space(config)
+        if space_state:
+            space.load_state(space_state)
         scorer: Scorer = registry.build("scorers", config.scoring)
         scorer.timesteps(schedule_of(config))  # refuse what cannot be scored before anything is trained
         return cls(
@@ -216,15 +241,19 @@ class DiffusionDetector(Detector):
     @property
     def model(self) -> Diffusion:
         """The network with its schedule."""
-        conditional = bool(getattr(self.config.denoiser, "class_conditional", False))
         return Diffusion(
             denoiser=self.network,
             schedule=schedule_of(self.config),
             prediction_type=self.config.objective.prediction_type,
             seed=self.config.seed,
-            num_classes=int(self.provenance["num_classes"]) if conditional else None,
+            num_classes=num_conditions(self.config, int(self.provenance["num_classes"])),
             device=self.device,
         )
+
+    @property
+    def pretrained(self) -> str | None:
+        """The space's, or the scorer's."""
+        return self.space.pretrained or getattr(self.scorer, "pretrained", None)
 
     @property
     def num_evaluations(self) -> int | None:
@@ -239,7 +268,7 @@ class DiffusionDetector(Detector):
 
     def measure(self, images: Tensor) -> Tensor:
         """The scorer's evidence, (B, K, H, W): what costs network evaluations."""
-        return self.scorer.measure(self.model, self.space.encode(images))
+        return self.scorer.measure(self.model, self._encode(images))
 
     def calibrate(self, images: Tensor | Iterable[Tensor], *, data_digest: str | None = None) -> Self:
         """Statistics from all images; the threshold from scores cross-fitted over ``config.calibration.folds``.
@@ -280,14 +309,18 @@ class DiffusionDetector(Detector):
         return self.scorer.judge(self.measure(images), self.statistics, self.config.data.image_size)
 
     def _reconstruct(self, images: Tensor) -> Tensor | None:
-        latents = self.scorer.reconstruct(self.model, self.space.encode(images))
+        latents = self.scorer.reconstruct(self.model, self._encode(images))
         return None if latents is None else self.space.decode(latents)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return self.space.encode(images.to(self.device)).to(images.device)
 
     def _describe(self) -> dict[str, Any]:
         return {"kind": "diffusion"}
 
     def _weights(self) -> dict[str, Tensor]:
         weights = {f"denoiser.{name}": value for name, value in self.network.state_dict().items()}
+        weights |= {f"scorer.{name}": value for name, value in self.scorer.state().items()} if self.scorer else {}
         return weights | {f"space.{name}": value for name, value in self.space.state().items()}
 
     def _statistics(self) -> dict[str, Tensor]:
@@ -316,6 +349,11 @@ class BaselineDetector(Detector):
     def name(self) -> str:
         """The baseline's."""
         return self.options.name
+
+    @property
+    def pretrained(self) -> str | None:
+        """The baseline's."""
+        return self.baseline.pretrained
 
     @property
     def num_evaluations(self) -> int | None:
@@ -371,14 +409,28 @@ def _check_device(device: str) -> None:
         raise ConfigError(f"device is {device!r} and there is no such GPU here; use cpu")
 
 
+def build_space(config: ExperimentConfig) -> Space:
+    """The config's space, not fitted."""
+    space: Space = registry.build(
+        "spaces", config.space, channels=config.data.channels, image_size=config.data.image_size
+    )
+    return space
+
+
 def build_denoiser(config: ExperimentConfig, space: Space, num_classes: int) -> nn.Module:
     """The config's network with weights that follow from its seed, whatever ran before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed("weights", config.seed))
         network: nn.Module = registry.build(
-            "denoisers", config.denoiser, channels=space.shape[0], image_size=space.shape[1:], num_classes=num_classes
-        )
+            "denoisers", config.denoiser, channels=space.shape[0], image_size=space.shape[1:],
+            num_classes=num_conditions(config, num_classes),
+        )  # fmt: skip
     return network
+
+
+def num_conditions(config: ExperimentConfig, num_classes: int) -> int | None:
+    """How many labels the denoiser knows; None for an unconditional one."""
+    return {"none": None, "class": num_classes, "rotation": NUM_ROTATIONS}[config.objective.condition]
 
 
 def schedule_of(config: ExperimentConfig) -> NoiseSchedule:
@@ -394,6 +446,7 @@ def _load_diffusion(folder: Folder, config: ExperimentConfig, provenance: Mappin
     weights = folder.tensors("weights.safetensors")
     detector.network.load_state_dict(tensors_below("denoiser.", weights))
     detector.space.load_state(tensors_below("space.", weights))
+    detector.scorer.load_state(tensors_below("scorer.", weights))
     calibration = _load_calibration(folder)
     statistics = folder.tensors("statistics.safetensors") if calibration is not None else {}
     return replace(detector, calibration=calibration, statistics=statistics, artifact_digest=folder.digest)

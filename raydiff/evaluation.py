@@ -44,6 +44,7 @@ def evaluate(
     shards: ShardSet,
     *,
     dataset: str | None = None,
+    name: str | None = None,
     batch_size: int | None = None,
     num_pictures: int = 4,
     num_draws: int = NUM_DRAWS,
@@ -56,6 +57,7 @@ def evaluate(
         detector: calibrated.
         shards: what to test on; the data set the detector was trained on, or another.
         dataset: its name in tables; by default :func:`dataset_name`.
+        name: the detector's in tables; by default its own.
         batch_size: images per call; ``config.execution.scoring_batch_size`` by default.
         num_pictures: at most so many each of the worst misses, the worst false alarms and the best hits.
         num_draws: of the bootstrap.
@@ -82,7 +84,7 @@ def evaluate(
                 progress(len(run.ids), total)
         predictions = run.predictions()
         _check_kinds(predictions, shards)
-        common = _common(detector, shards, dataset, calibration, command) | {
+        common = _common(detector, shards, name or detector.name, dataset, calibration, command) | {
             "ms_per_image": run.ms_per_image, "ms_per_image_alone": run.ms_per_image_alone, "batch_size": size,
         }  # fmt: skip
         subsets = _subsets(predictions, np.array(run.classes), shards.classes)
@@ -314,7 +316,12 @@ def _measure(predictions: Predictions, index: NDArray[np.intp], maps: _Maps, num
 
 
 def _common(
-    detector: Detector, shards: ShardSet, dataset: str | None, calibration: Calibration, command: str | None
+    detector: Detector,
+    shards: ShardSet,
+    detector_name: str,
+    dataset: str | None,
+    calibration: Calibration,
+    command: str | None,
 ) -> dict[str, Any]:
     """The fields all rows of a run share."""
     config, threshold = detector.config, calibration.threshold
@@ -322,9 +329,9 @@ def _common(
     digest = config.digest()
     return {
         "run": run_id(
-            detector.name, name, config.seed, digest, detector.artifact_digest, shards.digest, threshold.target_fpr
+            detector_name, name, config.seed, digest, detector.artifact_digest, shards.digest, threshold.target_fpr
         ),
-        "detector": detector.name,
+        "detector": detector_name,
         "dataset": name,
         "seed": config.seed,
         "threshold": threshold.value,
@@ -340,6 +347,8 @@ def _common(
         "artifact_digest": detector.artifact_digest,
         "data_digest": shards.digest,
         "trained_on": detector.provenance.get("data_digest"),
+        "pretrained": detector.pretrained,
+        "model_mb": detector.model_bytes / 1e6,
     }
 
 

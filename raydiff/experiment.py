@@ -5,6 +5,7 @@ A run is a folder::
     config.yaml     the resolved config, every default written out
     shards/         the data, when the config names no other place
     checkpoints/    states to resume from
+    space/          what a space that learns has learnt
     metrics.jsonl   and tensorboard/
     artifact/       the calibrated detector
 """
@@ -20,10 +21,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from raydiff.artifact import read_folder
+from raydiff.artifact import encode_json, encode_tensors, read_folder, write_folder
 from raydiff.config import ExperimentConfig, component_options, load_config
-from raydiff.detector import BaselineDetector, Detector, DiffusionDetector, load_detector
-from raydiff.errors import ConfigError, DataError, StorageError
+from raydiff.detector import BaselineDetector, Detector, DiffusionDetector, build_space, load_detector
+from raydiff.errors import ArtifactError, ConfigError, DataError, StorageError
 from raydiff.images import ImageSpec, to_tensor
 from raydiff.provenance import versions
 from raydiff.runtime import CHECKPOINTS, LocalRuntime
@@ -41,13 +42,15 @@ __all__ = [
     "finish",
     "fit_baselines",
     "fit_locally",
+    "fit_space",
     "held_out_images",
     "open_run",
     "provenance_of",
+    "space_state",
     "split_batches",
 ]
 
-ARTIFACT, CONFIG = "artifact", "config.yaml"
+ARTIFACT, CONFIG, SPACE = "artifact", "config.yaml", "space"
 _MAX_BASELINE_IMAGES = 10_000
 
 
@@ -82,7 +85,7 @@ def begin_run(run_dir: Path, config: ExperimentConfig, shards: ShardSet) -> None
         StorageError: the folder cannot be written.
     """
     shards.check(config.data)
-    DiffusionDetector.create(config, num_classes=len(shards.normal_classes))
+    DiffusionDetector.create(config, num_classes=len(shards.normal_classes)).space.check()
     temporary = run_dir / f".{CONFIG}.tmp"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -90,6 +93,39 @@ def begin_run(run_dir: Path, config: ExperimentConfig, shards: ShardSet) -> None
         temporary.replace(run_dir / CONFIG)
     except OSError as error:
         raise StorageError(f"{run_dir}: cannot be written ({error.strerror}); choose another --out") from error
+
+
+def fit_space(config: ExperimentConfig, run_dir: Path, shards: ShardSet, *, device: str = "cpu") -> None:
+    """Fit the config's space on training images and keep what it learnt in ``run_dir/space``, once per run.
+
+    Raises:
+        ConfigError: it needs pretrained weights that are not there.
+        StorageError: the folder cannot be written.
+    """
+    space = build_space(config)
+    origin = {"digest": config.digest(), "data_digest": shards.normal_digest}
+    if not space.num_fit_images or _space_folder(run_dir, origin) is not None:
+        return
+    images = torch.cat(list(_up_to(space.num_fit_images, split_batches(shards, "train", config))))
+    space.fit(images.to(device))
+    files = {"origin.json": encode_json(origin), "space.safetensors": encode_tensors(space.state())}
+    write_folder(run_dir / SPACE, "space", files, overwrite=True)
+
+
+def space_state(run_dir: Path) -> dict[str, Tensor]:
+    """What :func:`fit_space` kept; empty for a space that learns nothing."""
+    if not (run_dir / SPACE).exists():
+        return {}
+    return read_folder(run_dir / SPACE).tensors("space.safetensors")
+
+
+def _space_folder(run_dir: Path, origin: Mapping[str, Any]) -> Path | None:
+    """The run's fitted space, where it was fitted for the same config and images."""
+    try:
+        folder = read_folder(run_dir / SPACE)
+    except ArtifactError:
+        return None
+    return folder.path if folder.json("origin.json") == origin else None
 
 
 def _with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
@@ -174,9 +210,10 @@ def fit_locally(
 
     runtime = LocalRuntime(run_dir, device, config.training.keep_checkpoints, record)
     provenance = provenance_of(shards)
+    fit_space(config, run_dir, shards, device=device)
     train(
         config, cached(config, shards), held_out_images(config, shards), runtime,
-        num_classes=provenance["num_classes"], provenance=provenance,
+        num_classes=provenance["num_classes"], provenance=provenance, space_state=space_state(run_dir),
     )  # fmt: skip
     with runtime.latest() as checkpoint:
         if checkpoint is None:

@@ -45,7 +45,11 @@ class JudgeOptions(Options):
 
 
 class Judge:
-    """``fit`` and ``judge`` of the :class:`raydiff.contracts.Scorer` protocol; scorers inherit them."""
+    """``fit`` and ``judge`` of the :class:`raydiff.contracts.Scorer` protocol; scorers inherit them.
+
+    Evidence may have maps, (B, K, H, W), or be numbers alone, (B, K, 1, 1). A scorer whose evidence is not a positive
+    residual overrides :meth:`vectors`.
+    """
 
     def __init__(self, options: JudgeOptions) -> None:
         self.judging = options
@@ -57,7 +61,7 @@ class Judge:
         if self.judging.normalise != "none":
             statistics |= self._moments(values)
         if self.judging.density != "none":
-            vectors = self._vectors(values.numpy())
+            vectors = self.vectors(values.numpy())
             state = fit_density(self.judging.density, vectors, num_components=self.judging.density_components)
             statistics |= {f"density.{name}": value for name, value in state.items()}
         return statistics
@@ -74,17 +78,26 @@ class Judge:
         if "mean" in statistics:
             values = (values - statistics["mean"].double()) / statistics["deviation"].double()
         maps = values.numpy().mean(1)  # (B, H, W)
-        if self.judging.blur:
+        if self.judging.blur and evidence.shape[-2:] != (1, 1):
             maps = ndimage.gaussian_filter(maps, (0, self.judging.blur, self.judging.blur), mode="nearest")
         if self.judging.density == "none":
             image = pool(maps, self.judging.pooling, self.judging.pooling_share)
         else:
             state = {k.removeprefix("density."): v for k, v in statistics.items() if k.startswith("density.")}
-            image = negative_log_density(state, self._vectors(evidence.double().numpy()))
+            image = negative_log_density(state, self.vectors(evidence.double().numpy()))
+        if evidence.shape[-2:] == (1, 1):
+            return Scores(torch.from_numpy(image).float())
         full = torch.from_numpy(maps)[:, None]
         if full.shape[-2:] != image_size:
             full = functional.interpolate(full, image_size, mode="bilinear", align_corners=False)
         return Scores(torch.from_numpy(image).float(), full.float())
+
+    def state(self) -> dict[str, Tensor]:
+        """No weights."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing to take over."""
 
     def _moments(self, values: Tensor) -> dict[str, Tensor]:
         """Per step (K, 1, 1) or per step and pixel (K, H, W), the latter shrunk towards the former."""
@@ -100,8 +113,11 @@ class Judge:
         variance = (count * within + weight * average) / (count + weight) if count + weight else within
         return {"mean": mean.float(), "deviation": variance.clamp(min=1e-24).sqrt().float()}
 
-    def _vectors(self, evidence: np.ndarray) -> np.ndarray:
-        """Per-step statistics (B, 2K): log of the mean residual and of its highest share, at each step."""
+    def vectors(self, evidence: np.ndarray) -> np.ndarray:
+        """What the density is fitted on, float64 (B, d), from float64 evidence (B, K, H, W), row by row.
+
+        Here per-step statistics (B, 2K): log of the mean residual and of its highest share, at each step.
+        """
         flat = np.ascontiguousarray(evidence.reshape(*evidence.shape[:2], -1))  # (B, K, H W)
         top = np.stack([pool(flat[:, k], "top_k", self.judging.pooling_share) for k in range(flat.shape[1])], 1)
         return np.log(np.concatenate([flat.mean(2), top], 1) + 1e-12)

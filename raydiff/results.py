@@ -56,7 +56,11 @@ class Result(BaseModel):
     calibrated ``threshold``, with binomial intervals. ``num_evaluations`` (NFE) is network evaluations per image, None
     for a detector without a network. Times cover an image from decoded pixels to verdict, in milliseconds. ``config``
     is kept on the row of subset ``all``. ``data_digest`` is that of the tested data; ``trained_on`` that of the normal
-    images the detector was fitted on, None where that was not recorded.
+    images the detector was fitted on, None where that was not recorded. ``pretrained`` names pretrained weights the
+    detector uses, None where everything was learnt from the training images. The costs are None where they were not
+    measured: ``training_seconds`` of wall time, ``model_mb`` of tensors in the artefact (10^6 bytes),
+    ``peak_memory_mb`` of the process while it scored (of the GPU's memory on a GPU), ``ms_per_image_best`` at the best
+    batch size, ``best_batch_size``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -89,6 +93,12 @@ class Result(BaseModel):
     data_digest: str | None
     config: dict[str, Any] | None = None
     trained_on: str | None = None
+    pretrained: str | None = None
+    training_seconds: float | None = None
+    model_mb: float | None = None
+    peak_memory_mb: float | None = None
+    ms_per_image_best: float | None = None
+    best_batch_size: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -178,6 +178,9 @@ def check_space(name: str, *, channels: int = 1, image_size: tuple[int, int] = (
     images = small_images(16, image_size, channels)
     space: Space = _build("spaces", name, fields, channels=channels, image_size=image_size)
     with _untouched_generators(what):
+        if space.num_fit_images:
+            space.check()
+            space.fit(small_images(32, image_size, channels, seed=1)[: space.num_fit_images])
         latents = space.encode(images)
     _require(
         tuple(latents.shape) == (16, *space.shape), f"{what}: encodes to {tuple(latents.shape)}, not {space.shape}"
@@ -189,7 +192,11 @@ def check_space(name: str, *, channels: int = 1, image_size: tuple[int, int] = (
         _require(decoded.shape == images.shape, f"{what}: decodes to {tuple(decoded.shape)}")
         _require(bool((decoded.abs() <= 1).all()), f"{what}: decodes to images outside [-1, 1]")
         _check_rows(what, lambda x: [torch.as_tensor(space.decode(x))], latents)
-    _require(all(isinstance(value, Tensor) for value in space.state().values()), f"{what}: its state is not tensors")
+    state = space.state()
+    _require(all(isinstance(value, Tensor) for value in state.values()), f"{what}: its state is not tensors")
+    restored: Space = _build("spaces", name, fields, channels=channels, image_size=image_size)
+    restored.load_state(state)
+    _require(torch.equal(restored.encode(images), latents), f"{what}: encodes otherwise after state and load_state")
 
 
 def check_dataset(name: str, **fields: Any) -> None:
@@ -248,10 +255,8 @@ def _check_weights(what: str, name: str, fields: dict[str, Any]) -> None:
 
 
 def _check_denoiser_rows(what: str, name: str, fields: dict[str, Any]) -> None:
-    conditional = "class_conditional" in registry.component("denoisers", name).Options.model_fields
-    for num_classes in (None, 4) if conditional else (None,):
-        options = fields if num_classes is None else fields | {"class_conditional": True}
-        denoiser = _denoiser(name, options, 1, (8, 8), num_classes=num_classes)
+    for num_classes in (None, 4):
+        denoiser = _denoiser(name, fields, 1, (8, 8), num_classes=num_classes)
         assert denoiser is not None  # noqa: S101  square images were built before
         _perturb(denoiser)
         schedule = make_schedule("linear", 100)

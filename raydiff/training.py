@@ -21,10 +21,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from raydiff.artifact import encode_json, encode_tensors, read_folder, write_folder
 from raydiff.config import ExperimentConfig, TrainingConfig
+from raydiff.contracts import Space
 from raydiff.core.diffusion import keyed_seed
 from raydiff.core.objective import diffusion_loss, loss_weights
 from raydiff.core.schedule import target
-from raydiff.detector import DiffusionDetector, schedule_of, tensors_below
+from raydiff.detector import NUM_ROTATIONS, DiffusionDetector, schedule_of, tensors_below
 from raydiff.errors import ArtifactError, TrainingError
 from raydiff.images import to_tensor
 from raydiff.runtime import Runtime
@@ -72,9 +73,11 @@ def train(
     *,
     num_classes: int,
     provenance: Mapping[str, Any] | None = None,
+    space_state: Mapping[str, Tensor] | None = None,
 ) -> TrainingSummary:
     """Train to ``config.training.num_steps``, from the newest checkpoint if there is one.
 
+    ``space_state`` is that of a fitted space; a space that learns nothing needs none.
     The last checkpoint holds the averaged weights as an artefact; :func:`raydiff.detector.load_detector` reads it.
 
     Raises:
@@ -83,7 +86,7 @@ def train(
         StorageError: a checkpoint cannot be written; the one before is still there.
     """
     started = time.monotonic()
-    loop = _Loop(config, runtime, num_classes, {"num_classes": num_classes, **(provenance or {})})
+    loop = _Loop(config, runtime, num_classes, {"num_classes": num_classes, **(provenance or {})}, space_state)
     with runtime.latest() as checkpoint:
         if checkpoint is not None:
             loop.resume(checkpoint)
@@ -119,11 +122,19 @@ class _Loop:
     """Network, average, optimiser and the step they have reached."""
 
     def __init__(
-        self, config: ExperimentConfig, runtime: Runtime, num_classes: int, provenance: Mapping[str, Any]
+        self,
+        config: ExperimentConfig,
+        runtime: Runtime,
+        num_classes: int,
+        provenance: Mapping[str, Any],
+        space_state: Mapping[str, Tensor] | None,
     ) -> None:
         self.config, self.runtime, self.provenance = config, runtime, provenance
         self.schedule = schedule_of(config)
-        detector = DiffusionDetector.create(config, num_classes=num_classes, device=runtime.device)
+        detector = DiffusionDetector.create(
+            config, num_classes=num_classes, device=runtime.device, space_state=space_state
+        )
+        self.latents = _Latents(detector.space, runtime.device, config.data.cache_mb * 2**20)
         self.space, self.num_classes = detector.space, detector.model.num_classes
         self.network = detector.network.train()
         if config.training.channels_last:
@@ -141,6 +152,11 @@ class _Loop:
         self.loss = torch.zeros((), device=runtime.device)
         self.grad_norm = torch.zeros((), device=runtime.device)
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=runtime.device)
+
+    @property
+    def rotates(self) -> bool:
+        """Whether images are turned, and the denoiser told by how much."""
+        return self.config.objective.condition == "rotation"
 
     def optimise(self, batch: TrainingBatch) -> None:
         """One optimiser step on this rank's share of the global batch."""
@@ -197,11 +213,13 @@ class _Loop:
             rows = [i for i in range(start, min(start + 64, total)) if i % world == rank]
             if not rows:
                 continue
-            latents = self.space.encode(held_out.images[rows].to(self.runtime.device))
+            turns = [i % NUM_ROTATIONS if self.rotates else 0 for i in rows]
+            latents = self.latents.of(held_out.images[rows], [held_out.ids[i] for i in rows], turns=turns)
             keys = [("held-out", self.config.seed, held_out.ids[i]) for i in rows]
             spread = torch.tensor([(i + 0.5) / total for i in rows], dtype=torch.float64)
             t = (spread * len(self.schedule)).long()  # evenly over the steps, so that the loss is comparable
-            loss = self._denoise(network, latents, t, keys, held_out.labels[rows])
+            labels = torch.tensor(turns) if self.rotates else held_out.labels[rows]
+            loss = self._denoise(network, latents, t, keys, labels)
             sums += torch.tensor([float(loss.double().sum()), len(rows)], dtype=torch.float64)
         sums = self.runtime.reduce_mean(sums.to(self.runtime.device)).cpu()
         return float(sums[0] / sums[1])
@@ -259,13 +277,11 @@ class _Loop:
         """Mean loss of a batch with each image's own noise, step and flip."""
         config = self.config
         keys = [(config.seed, int(e), i) for e, i in zip(batch.epochs, batch.ids, strict=True)]
-        images = to_tensor(batch.images)
-        if config.training.horizontal_flip:
-            flip = torch.tensor([keyed_seed("flip", *key) % 2 == 1 for key in keys])
-            images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-        latents = self.space.encode(images.to(self.runtime.device))
+        flips = [config.training.horizontal_flip and keyed_seed("flip", *key) % 2 == 1 for key in keys]
+        turns = [keyed_seed("rotation", *key) % NUM_ROTATIONS if self.rotates else 0 for key in keys]
+        latents = self.latents.of(to_tensor(batch.images), batch.ids, flips=flips, turns=turns)
         t = torch.tensor([keyed_seed("step", *key) % len(self.schedule) for key in keys])
-        labels = torch.as_tensor(batch.labels)
+        labels = torch.tensor(turns) if self.rotates else torch.as_tensor(batch.labels)
         if self.num_classes is not None:
             dropped = [keyed_seed("label", *key) % 10**6 < 10**6 * config.objective.condition_dropout for key in keys]
             labels = torch.where(torch.tensor(dropped), self.num_classes, labels)
@@ -295,6 +311,37 @@ class _Loop:
     def _no_sync(self) -> AbstractContextManager[Any]:
         no_sync = getattr(self.wrapped, "no_sync", None)
         return no_sync() if no_sync is not None else nullcontext()
+
+
+class _Latents:
+    """Flipped, turned and encoded images; those of a costly space are remembered while they fit in ``max_bytes``."""
+
+    def __init__(self, space: Space, device: str, max_bytes: int) -> None:
+        self._space, self._device = space, device
+        self._room = max_bytes // (4 * math.prod(space.shape)) if space.costly else 0
+        self._known: dict[tuple[str, bool, int], Tensor] = {}
+
+    def of(
+        self, images: Tensor, ids: Sequence[str], *, flips: Sequence[bool] | None = None, turns: Sequence[int]
+    ) -> Tensor:
+        """(B, *space.shape) on the device; image i is flipped left to right, then turned by ``turns[i]`` quarters."""
+        flips = flips or [False] * len(ids)
+        keys = list(zip(ids, flips, turns, strict=True))
+        missing = [i for i, key in enumerate(keys) if key not in self._known]
+        if missing:
+            changed = [_turned(images[i], flips[i], turns[i]) for i in missing]
+            encoded = self._space.encode(torch.stack(changed).to(self._device))
+            if not self._room:
+                return encoded
+        fresh = dict(zip(missing, encoded, strict=True)) if missing else {}
+        for i, latent in fresh.items():
+            if len(self._known) < self._room:
+                self._known[keys[i]] = latent
+        return torch.stack([fresh[i] if i in fresh else self._known[key] for i, key in enumerate(keys)])
+
+
+def _turned(image: Tensor, flip: bool, turns: int) -> Tensor:
+    return torch.rot90(image.flip(-1) if flip else image, turns, (-2, -1))
 
 
 def _split(batch: TrainingBatch, parts: int) -> list[TrainingBatch]:

@@ -226,7 +226,7 @@ def test_class_conditional_training_and_scoring(
     from raydiff.shards import write_shards
 
     config = tiny_config.override(
-        {"data.dataset.normal": ["0", "8"], "denoiser.class_conditional": True, "scoring.classes": "minimum"}
+        {"data.dataset.normal": ["0", "8"], "objective.condition": "class", "scoring.classes": "minimum"}
     )
     detector = fit_locally(config, tmp_path / "run", write_shards(config.data, str(tmp_path / "shards")))
     assert detector.num_evaluations == 16, "eight steps for each of two classes"

@@ -40,6 +40,8 @@ class PixelBaseline(ABC):
     After ``fit`` or ``load_state``, ``score`` changes nothing and may be called from several threads.
     """
 
+    pretrained: str | None = None
+
     def __init__(self, options: PixelOptions, *, seed: int) -> None:
         self.seed = seed
         self._options = options

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,8 @@ class Diffusion:
     """A trained (or closed-form) denoiser and all that is needed to evaluate it.
 
     ``seed`` fixes the noise that scorers share between images. ``num_classes`` is None for an unconditional denoiser;
-    a conditional one knows the labels 0 to num_classes - 1, and num_classes stands for "no label".
+    a conditional one knows the labels 0 to num_classes - 1, and num_classes stands for "no label". With
+    ``differentiable`` gradients flow from the output to ``x_t`` (for attacks on a detector); else none are kept.
     """
 
     denoiser: Denoiser
@@ -43,8 +45,8 @@ class Diffusion:
     num_classes: int | None = None
     chunk_size: int = 16
     device: str = "cpu"
+    differentiable: bool = False
 
-    @torch.inference_mode()
     def predict(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """The denoiser's raw output, float32 (N, C, H, W), on the device of ``x_t``.
 
@@ -55,12 +57,13 @@ class Diffusion:
         """
         if self.num_classes is not None and condition is None:
             condition = torch.full_like(t, self.num_classes)
-        outputs = [
-            self._predict_chunk(x_t[i : i + self.chunk_size], t[i : i + self.chunk_size],
-                                None if condition is None else condition[i : i + self.chunk_size])
-            for i in range(0, len(x_t), self.chunk_size)
-        ]  # fmt: skip
-        return torch.cat(outputs) if outputs else torch.empty_like(x_t)
+        with nullcontext() if self.differentiable else torch.inference_mode():
+            outputs = [
+                self._predict_chunk(x_t[i : i + self.chunk_size], t[i : i + self.chunk_size],
+                                    None if condition is None else condition[i : i + self.chunk_size])
+                for i in range(0, len(x_t), self.chunk_size)
+            ]  # fmt: skip
+            return torch.cat(outputs) if outputs else torch.empty_like(x_t)
 
     def predict_x0(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """The clean image expected from ``x_t``, (N, C, H, W)."""

@@ -23,7 +23,6 @@ class Options(BaseOptions):
     attention_head_dim: int = Field(8, ge=1)
     norm_num_groups: int = Field(8, ge=1, description="groups of the group normalisation; must divide every width")
     dropout: float = Field(0.0, ge=0, lt=1)
-    class_conditional: bool = Field(False, description="also give the network the class of the image")
 
 
 class UNet(nn.Module):
@@ -67,7 +66,7 @@ def build(options: Options, *, channels: int, image_size: tuple[int, int], num_c
         options: its size.
         channels: of what is diffused.
         image_size: height and width of what is diffused.
-        num_classes: of the training data; used when ``class_conditional``.
+        num_classes: how many labels the condition has; None for an unconditional network.
 
     Raises:
         ConfigError: the image size is no multiple of the down-sampling, or the groups do not divide a width.
@@ -87,6 +86,4 @@ def build(options: Options, *, channels: int, image_size: tuple[int, int], num_c
         raise ConfigError(
             f"denoiser.attention_levels names level {bad[0]}; there are {len(options.block_out_channels)}"
         )
-    if not options.class_conditional:
-        num_classes = None
     return UNet(options, channels=channels, image_size=image_size, num_classes=num_classes)

@@ -22,7 +22,15 @@ from raydiff import errors
 from raydiff.config import ExperimentConfig
 from raydiff.detector import Detector
 from raydiff.errors import ConfigError, RaydiffError, StorageError, WorkerError
-from raydiff.experiment import begin_run, cached, finish, held_out_images, provenance_of
+from raydiff.experiment import (
+    begin_run,
+    cached,
+    finish,
+    fit_space,
+    held_out_images,
+    provenance_of,
+    space_state,
+)
 from raydiff.images import ImageSpec
 from raydiff.runtime import CHECKPOINTS
 from raydiff.shards import ShardSet, TrainingBatch, TrainingOrder, fits_in_memory
@@ -55,6 +63,7 @@ def fit(
     run_dir = run_dir.resolve()
     _check_resources(config)
     begin_run(run_dir, config, shards)
+    fit_space(config, run_dir, shards)
     (run_dir / _FAILURE).unlink(missing_ok=True)
     with _follow(run_dir, on_metrics):
         checkpoint = _run(config, run_dir, shards)
@@ -132,7 +141,7 @@ def _worker(job: dict[str, Any]) -> None:
         provenance = provenance_of(shards)
         train(
             config, _stream(config, shards, runtime), held_out_images(config, shards), runtime,
-            num_classes=provenance["num_classes"], provenance=provenance,
+            num_classes=provenance["num_classes"], provenance=provenance, space_state=space_state(run_dir),
         )  # fmt: skip
     except RaydiffError as error:
         record = {"type": type(error).__name__, "message": str(error)}

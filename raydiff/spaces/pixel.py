@@ -21,8 +21,18 @@ class Options(BaseOptions):
 class PixelSpace:
     """The identity."""
 
+    num_fit_images = 0
+    costly = False
+    pretrained = None
+
     def __init__(self, shape: tuple[int, int, int]) -> None:
         self.shape = shape
+
+    def check(self) -> None:
+        """Nothing is needed."""
+
+    def fit(self, images: Tensor) -> None:
+        """Nothing to learn."""
 
     def encode(self, images: Tensor) -> Tensor:
         """The images, as they are."""

@@ -17,7 +17,7 @@ SIZES = (1, 2, 3, 7, 16, 33)
 
 def unet_model(num_classes=None, **options):
     torch.manual_seed(0)
-    options = unet.Options(class_conditional=num_classes is not None, **options)
+    options = unet.Options(**options)
     network = unet.build(options, channels=1, image_size=(8, 8), num_classes=num_classes).eval()
     return Diffusion(network, make_schedule("squaredcos_cap_v2", 100), "epsilon", num_classes=num_classes)
 

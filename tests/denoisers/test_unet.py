@@ -35,7 +35,7 @@ def test_attention_is_where_it_was_asked_for():
 
 
 def test_a_conditional_network_learns_every_label_and_none():
-    network = build(num_classes=4, class_conditional=True)
+    network = build(num_classes=4)
     assert network.unet.class_embedding.num_embeddings == 5
     x, t = torch.randn(1, 1, 8, 8).expand(5, -1, -1, -1), torch.full((5,), 10)
     output = network(x, t, torch.arange(5))
@@ -44,8 +44,8 @@ def test_a_conditional_network_learns_every_label_and_none():
     assert bool(network.unet.class_embedding.weight.grad.any(dim=1).all())
 
 
-def test_without_the_option_labels_are_not_looked_at():
-    network = build(num_classes=4)
+def test_an_unconditional_network_has_no_labels():
+    network = build()
     assert network.unet.class_embedding is None
     assert network(torch.zeros(1, 1, 8, 8), torch.tensor([0])).shape == (1, 1, 8, 8)
 
