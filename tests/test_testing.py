@@ -274,6 +274,7 @@ def test_a_denoiser_that_does_not_hear_the_step_is_caught(plant):
 
 def test_a_space_that_leaves_the_range_is_caught(plant):
     class Loud:
+        num_fit_images = 0
         shape = (1, 8, 8)
         encode = staticmethod(lambda images: images)
         decode = staticmethod(lambda latents: latents * 2)
