@@ -34,6 +34,7 @@ __all__ = [
     "Picture",
     "Predictions",
     "Result",
+    "RobustnessRow",
     "append_results",
     "compare",
     "latest",
@@ -56,7 +57,8 @@ class Result(BaseModel):
     calibrated ``threshold``, with binomial intervals. ``num_evaluations`` (NFE) is network evaluations per image, None
     for a detector without a network. Times cover an image from decoded pixels to verdict, in milliseconds. ``config``
     is kept on the row of subset ``all``. ``data_digest`` is that of the tested data; ``trained_on`` that of the normal
-    images the detector was fitted on, None where that was not recorded. ``pretrained`` names pretrained weights the
+    images the detector was fitted on, None where that was not recorded. ``category`` is the part of a data set that a
+    benchmark's cell is about (a class, a kind of part), and ``cell`` names the cell. ``pretrained`` names pretrained weights the
     detector uses, None where everything was learnt from the training images. The costs are None where they were not
     measured: ``training_seconds`` of wall time, ``model_mb`` of tensors in the artefact (10^6 bytes),
     ``peak_memory_mb`` of the process while it scored (of the GPU's memory on a GPU), ``ms_per_image_best`` at the best
@@ -93,12 +95,44 @@ class Result(BaseModel):
     data_digest: str | None
     config: dict[str, Any] | None = None
     trained_on: str | None = None
+    category: str = ""
+    cell: str | None = None
     pretrained: str | None = None
     training_seconds: float | None = None
     model_mb: float | None = None
     peak_memory_mb: float | None = None
     ms_per_image_best: float | None = None
     best_batch_size: int | None = None
+
+
+class RobustnessRow(BaseModel):
+    """How one detector did on changed test images: one perturbation at one strength.
+
+    ``severity`` is 0 (unchanged) to 5. A ``corruption`` changes normal and anomalous images alike; an ``attack`` lowers
+    the scores of anomalous images and raises those of normal ones within an L-infinity budget (``budget``, in units of
+    the image range [-1, 1]; None for corruptions). ``score_shift_normal`` and ``score_shift_anomalous`` are the
+    mean change of the raw score against the unchanged image, in standard deviations of the unchanged normal scores.
+    Rates are those at the threshold calibrated on unchanged normals.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    cell: str
+    detector: str
+    dataset: str
+    category: str
+    seed: int
+    kind: Literal["corruption", "attack"]
+    perturbation: str
+    severity: int
+    budget: float | None
+    num_normal: int
+    num_anomalous: int
+    auroc: Estimate
+    realised_fpr: Estimate
+    realised_tpr: Estimate
+    score_shift_normal: float
+    score_shift_anomalous: float
 
 
 @dataclass(frozen=True, eq=False)
