@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import PurePath
 from typing import IO, Any, Literal
@@ -50,6 +50,8 @@ def evaluate(
     num_draws: int = NUM_DRAWS,
     command: str | None = None,
     progress: Progress | None = None,
+    category: str = "",
+    extra: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Score the test split and measure: one row for all anomalies, one per defect type, one per class.
 
@@ -63,6 +65,8 @@ def evaluate(
         num_draws: of the bootstrap.
         command: the command line, for the record.
         progress: called after each batch.
+        category: the part of the data set that is normal or tested, for tables by data set and category.
+        extra: more fields of :class:`Result` for every row, such as its benchmark cell and costs.
 
     Raises:
         NotCalibratedError: the detector has no threshold.
@@ -84,8 +88,9 @@ def evaluate(
                 progress(len(run.ids), total)
         predictions = run.predictions()
         _check_kinds(predictions, shards)
-        common = _common(detector, shards, name or detector.name, dataset, calibration, command) | {
+        common = _common(detector, shards, name or detector.name, dataset, category, calibration, command) | {
             "ms_per_image": run.ms_per_image, "ms_per_image_alone": run.ms_per_image_alone, "batch_size": size,
+            **(extra or {}),
         }  # fmt: skip
         subsets = _subsets(predictions, np.array(run.classes), shards.classes)
         rows = [
@@ -320,6 +325,7 @@ def _common(
     shards: ShardSet,
     detector_name: str,
     dataset: str | None,
+    category: str,
     calibration: Calibration,
     command: str | None,
 ) -> dict[str, Any]:
@@ -329,10 +335,18 @@ def _common(
     digest = config.digest()
     return {
         "run": run_id(
-            detector_name, name, config.seed, digest, detector.artifact_digest, shards.digest, threshold.target_fpr
+            detector_name,
+            name,
+            config.seed,
+            digest,
+            detector.artifact_digest,
+            shards.digest,
+            threshold.target_fpr,
+            *([category] if category else []),
         ),
         "detector": detector_name,
         "dataset": name,
+        "category": category,
         "seed": config.seed,
         "threshold": threshold.value,
         "target_fpr": threshold.target_fpr,

@@ -14,18 +14,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from raydiff.core.metrics import NUM_DRAWS, Estimate, paired_differences
-from raydiff.errors import DataError, StorageError
+from raydiff.errors import DataError
+from raydiff.journal import append_lines, read_lines
+from raydiff.predictions import Picture, Predictions, read_predictions, write_predictions
 
 __all__ = [
     "CLASSICS",
@@ -36,13 +34,17 @@ __all__ = [
     "Result",
     "RobustnessRow",
     "append_results",
+    "append_robustness",
     "compare",
     "latest",
     "load_evaluations",
     "read_results",
+    "read_robustness",
     "run_id",
     "save_evaluations",
 ]
+
+_Row = TypeVar("_Row", bound=BaseModel)
 
 CLASSICS = ("isolation_forest", "ocsvm", "copod")
 """The detectors a diffusion model is held against by default (arXiv:2412.07539)."""
@@ -58,8 +60,8 @@ class Result(BaseModel):
     for a detector without a network. Times cover an image from decoded pixels to verdict, in milliseconds. ``config``
     is kept on the row of subset ``all``. ``data_digest`` is that of the tested data; ``trained_on`` that of the normal
     images the detector was fitted on, None where that was not recorded. ``category`` is the part of a data set that a
-    benchmark's cell is about (a class, a kind of part), and ``cell`` names the cell. ``pretrained`` names pretrained weights the
-    detector uses, None where everything was learnt from the training images. The costs are None where they were not
+    benchmark's cell is about (a class, a kind of part), and ``cell`` names the cell. ``pretrained`` names pretrained
+    weights the detector uses, None where everything was learnt from the training images. The costs are None where they were not
     measured: ``training_seconds`` of wall time, ``model_mb`` of tensors in the artefact (10^6 bytes),
     ``peak_memory_mb`` of the process while it scored (of the GPU's memory on a GPU), ``ms_per_image_best`` at the best
     batch size, ``best_batch_size``.
@@ -104,6 +106,16 @@ class Result(BaseModel):
     ms_per_image_best: float | None = None
     best_batch_size: int | None = None
 
+    def comparable(self) -> dict[str, Any]:
+        """The row as plain JSON types, without what differs when the same thing is run again or elsewhere."""
+        return self.model_dump(mode="json", exclude=set(_CIRCUMSTANCES))
+
+
+_CIRCUMSTANCES = (
+    "ms_per_image_alone", "ms_per_image", "ms_per_image_best", "best_batch_size", "training_seconds", "peak_memory_mb",
+    "hardware", "created", "command",
+)  # fmt: skip
+
 
 class RobustnessRow(BaseModel):
     """How one detector did on changed test images: one perturbation at one strength.
@@ -136,33 +148,6 @@ class RobustnessRow(BaseModel):
 
 
 @dataclass(frozen=True, eq=False)
-class Predictions:
-    """Every test image in reading order: ``scores`` and ``p_values`` float64 (n,), ``labels`` and ``verdicts`` bool."""
-
-    ids: list[str]
-    defects: list[str]
-    labels: NDArray[np.bool_]
-    scores: NDArray[np.float64]
-    p_values: NDArray[np.float64]
-    verdicts: NDArray[np.bool_]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """A test image worth looking at, as PNG files: ``index`` is its row in the predictions."""
-
-    kind: Literal["miss", "false_alarm", "hit"]
-    index: int
-    image: bytes
-    reconstruction: bytes | None
-    heat_map: bytes | None
-    mask: bytes | None
-
-
-@dataclass(frozen=True, eq=False)
 class Evaluation:
     """One run: its rows (that of subset ``all`` first), every prediction, and the pictures, worst first of each kind.
 
@@ -192,6 +177,7 @@ class Comparison(BaseModel):
     metric: str
     difference: Estimate
     num_images: int
+    category: str = ""
 
 
 def run_id(detector: str, dataset: str, seed: int, *details: object) -> str:
@@ -201,14 +187,16 @@ def run_id(detector: str, dataset: str, seed: int, *details: object) -> str:
 
 
 def latest(evaluations: Iterable[Evaluation]) -> list[Evaluation]:
-    """Of runs with equal detector, data set and seed only the last, which counts the others as ``superseded``.
+    """Of runs with equal detector, data set, category and seed only the last.
+
+    It counts the others as ``superseded``.
 
     A detector trained again with other settings is another run of the same seed, not a second seed.
     """
-    kept: dict[tuple[str, str, int], Evaluation] = {}
+    kept: dict[tuple[str, str, str, int], Evaluation] = {}
     for evaluation in evaluations:
         row = evaluation.rows[0]
-        key = (row.detector, row.dataset, row.seed)
+        key = (row.detector, row.dataset, row.category, row.seed)
         earlier = kept.pop(key, None)
         if earlier is not None:
             more = earlier.superseded + (earlier.rows[0].run != row.run)
@@ -219,25 +207,19 @@ def latest(evaluations: Iterable[Evaluation]) -> list[Evaluation]:
 
 
 def append_results(path: str | Path, rows: Iterable[Result]) -> None:
-    """Add rows at the end of a JSON-lines file, made if need be.
+    """Add rows at the end of a JSON-lines file, made if need be; see :mod:`raydiff.journal`.
 
     Raises:
         StorageError: the file cannot be written.
     """
-    target, text = Path(path), "".join(row.model_dump_json() + "\n" for row in rows)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("a", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise StorageError(f"{target}: cannot be written ({error.strerror}); choose another place") from error
+    append_lines(path, (row.model_dump_json() for row in rows))
 
 
 def read_results(path: str | Path) -> list[Result]:
     """The rows of each run in the order they were written.
 
-    Of a run evaluated again only the last rows are kept, and of runs with equal detector, data set and seed only the
-    last run.
+    Of a run evaluated again only the last rows are kept, and of runs with equal detector, data set, category and seed
+    only the last run. A last line that a killed process did not finish is left out.
 
     Raises:
         DataError: the file is missing, empty, or a line is no result; names the line and what is wrong with it.
@@ -248,17 +230,16 @@ def read_results(path: str | Path) -> list[Result]:
 def _read_runs(path: str | Path) -> list[Evaluation]:
     """The latest runs without their predictions."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = list(read_lines(path))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise DataError(f"{path}: cannot be read ({reason}); run raydiff evaluate to make it") from error
     rows: dict[tuple[str, str, str], Result] = {}
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            row = _parse(line, f"{path} line {number}")
-            key = (row.run, row.subset_kind, row.subset)
-            rows.pop(key, None)
-            rows[key] = row
+    for number, line in lines:
+        row = _parse(line, f"{path} line {number}")
+        key = (row.run, row.subset_kind, row.subset)
+        rows.pop(key, None)
+        rows[key] = row
     if not rows:
         raise DataError(f"{path}: holds no results; run raydiff evaluate to add some")
     runs: dict[str, list[Result]] = {}
@@ -269,6 +250,31 @@ def _read_runs(path: str | Path) -> list[Evaluation]:
     )
 
 
+def append_robustness(path: str | Path, rows: Iterable[RobustnessRow]) -> None:
+    """Add rows to a ``robustness.jsonl``; as :func:`append_results`."""
+    append_lines(path, (row.model_dump_json() for row in rows))
+
+
+def read_robustness(path: str | Path) -> list[RobustnessRow]:
+    """The rows in order; of rows for the same cell, perturbation, severity and budget only the last.
+
+    Raises:
+        DataError: the file is missing, or a line is no robustness row; names the line.
+    """
+    try:
+        lines = list(read_lines(path))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise DataError(f"{path}: cannot be read ({reason}); run raydiff benchmark to make it") from error
+    rows: dict[tuple[object, ...], RobustnessRow] = {}
+    for number, line in lines:
+        row = _parse_as(RobustnessRow, line, f"{path} line {number}")
+        key = (row.cell, row.perturbation, row.severity, row.budget)
+        rows.pop(key, None)
+        rows[key] = row
+    return list(rows.values())
+
+
 def save_evaluations(path: str | Path, evaluations: Sequence[Evaluation]) -> None:
     """Write predictions beside ``path``, then append the rows to it.
 
@@ -277,14 +283,14 @@ def save_evaluations(path: str | Path, evaluations: Sequence[Evaluation]) -> Non
     """
     for evaluation in evaluations:
         if evaluation.predictions is not None:
-            _write_predictions(_sidecar(path, evaluation.rows[0].run), evaluation.predictions, evaluation.pictures)
-        append_results(path, evaluation.rows)
+            write_predictions(_sidecar(path, evaluation.rows[0].run), evaluation.predictions, evaluation.pictures)
+        append_results(path, [*evaluation.rows[1:], evaluation.rows[0]])  # that of subset "all" says: the run is whole
 
 
 def load_evaluations(path: str | Path) -> list[Evaluation]:
     """The runs of a ``results.jsonl`` in order, each with its predictions where the file beside it exists.
 
-    Of runs with equal detector, data set and seed only the last; see :func:`latest`.
+    Of runs with equal detector, data set, category and seed only the last; see :func:`latest`.
 
     Raises:
         DataError: as :func:`read_results`, or a predictions file cannot be read.
@@ -292,7 +298,7 @@ def load_evaluations(path: str | Path) -> list[Evaluation]:
     evaluations = []
     for bare in _read_runs(path):
         sidecar = _sidecar(path, bare.rows[0].run)
-        predictions, pictures = _read_predictions(sidecar) if sidecar.exists() else (None, [])
+        predictions, pictures = read_predictions(sidecar) if sidecar.exists() else (None, [])
         evaluations.append(replace(bare, predictions=predictions, pictures=pictures))
     return evaluations
 
@@ -304,15 +310,16 @@ def compare(
     num_draws: int = NUM_DRAWS,
     seed: int = 0,
 ) -> list[Comparison]:
-    """Every other detector minus the best of ``references``, per data set and seed, with paired bootstrap intervals.
+    """Every other detector minus the best of ``references``, per data set, category and seed.
 
-    The reference is the one with the highest test AUROC among those present, which favours it. Groups in which no
+    The intervals are of a paired bootstrap. The reference is the one with the highest test AUROC among those present, which favours it. Groups in which no
     reference was evaluated, or not on the same images, give no rows. Of several runs of one seed the last counts.
     """
-    groups: dict[tuple[str, int], list[Evaluation]] = {}
+    groups: dict[tuple[str, str, int], list[Evaluation]] = {}
     for evaluation in latest(evaluations):
         if evaluation.predictions is not None:
-            groups.setdefault((evaluation.rows[0].dataset, evaluation.rows[0].seed), []).append(evaluation)
+            row = evaluation.rows[0]
+            groups.setdefault((row.dataset, row.category, row.seed), []).append(evaluation)
     return [
         comparison
         for group in groups.values()
@@ -338,16 +345,20 @@ def _differences(ours: Evaluation, theirs: Evaluation, num_draws: int, seed: int
     row = ours.rows[0]
     return [
         Comparison(
-            detector=row.detector, reference=theirs.rows[0].detector, dataset=row.dataset, seed=row.seed,
-            metric=metric, difference=difference, num_images=len(a),
+            detector=row.detector, reference=theirs.rows[0].detector, dataset=row.dataset, category=row.category,
+            seed=row.seed, metric=metric, difference=difference, num_images=len(a),
         )
         for metric, difference in differences.items()
     ]  # fmt: skip
 
 
 def _parse(line: str, where: str) -> Result:
+    return _parse_as(Result, line, where)
+
+
+def _parse_as(row: type[_Row], line: str, where: str) -> _Row:
     try:
-        return Result.model_validate_json(line)
+        return row.model_validate_json(line)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
@@ -357,44 +368,3 @@ def _parse(line: str, where: str) -> Result:
 
 def _sidecar(path: str | Path, run: str) -> Path:
     return Path(path).parent / "predictions" / f"{run}.parquet"
-
-
-_PNG_COLUMNS = [field.name for field in fields(Picture) if field.name not in ("kind", "index")]
-
-
-def _write_predictions(path: Path, predictions: Predictions, pictures: Sequence[Picture]) -> None:
-    shown = {picture.index: picture for picture in pictures}
-    columns: dict[str, Any] = {
-        "id": pa.array(predictions.ids, pa.string()),
-        "defect": pa.array(predictions.defects, pa.string()),
-        "is_anomaly": predictions.labels,
-        "score": predictions.scores,
-        "p_value": predictions.p_values,
-        "verdict": predictions.verdicts,
-    }
-    for name, kind in (("kind", pa.string()), *((name, pa.binary()) for name in _PNG_COLUMNS)):
-        columns[name] = pa.array([getattr(shown.get(i), name, None) for i in range(len(predictions))], kind)
-    order = pa.array([list(shown).index(i) if i in shown else None for i in range(len(predictions))], pa.int64())
-    partial = path.with_suffix(".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table({**columns, "picture_order": order}), partial)
-        partial.replace(path)
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
-
-
-def _read_predictions(path: Path) -> tuple[Predictions, list[Picture]]:
-    try:
-        table = pq.read_table(path).to_pydict()
-        predictions = Predictions(
-            table["id"], table["defect"], np.array(table["is_anomaly"], bool), np.array(table["score"], np.float64),
-            np.array(table["p_value"], np.float64), np.array(table["verdict"], bool),
-        )  # fmt: skip
-        shown = [(order, i) for i, order in enumerate(table["picture_order"]) if order is not None]
-        columns = ("kind", *_PNG_COLUMNS)
-        pictures = [Picture(index=i, **{name: table[name][i] for name in columns}) for _, i in sorted(shown)]
-    except (OSError, pa.ArrowException, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: is no file of predictions ({reason}); evaluate the run again") from error
-    return predictions, pictures
