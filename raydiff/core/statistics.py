@@ -1,0 +1,248 @@
+"""Statistics of a benchmark: paired differences over categories, seeds and images, corrections, ranks over data sets.
+
+=========  ============================================================================================
+D          number of bootstrap draws
+k, n       number of methods and of blocks; a block is what all methods were measured on once
+draws      a statistic's value on each bootstrap draw; intervals are its 2.5th to 97.5th percentile
+CD         critical difference: average ranks that lie closer cannot be told apart (Demsar 2006)
+=========  ============================================================================================
+
+Sources: Holm 1979 (Scandinavian Journal of Statistics 6); Demsar 2006 (JMLR 7, 1-30) for Friedman, Nemenyi and the
+critical-difference diagram; Davison and Hinkley 1997, chapter 3.8 for resampling in a hierarchy, 4.4 for p-values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from raydiff.core.metrics import Estimate, check_scores
+from raydiff.errors import DataError, ShapeError
+
+__all__ = [
+    "Difference",
+    "Friedman",
+    "auroc_draws",
+    "average_ranks",
+    "bootstrap_p_value",
+    "cliques",
+    "critical_difference",
+    "friedman",
+    "hierarchical_difference",
+    "holm",
+    "image_weights",
+    "interval",
+]
+
+Floats = NDArray[np.float64]
+Weights = NDArray[np.float32]
+
+_MAX_WEIGHTS = 20_000_000  # numbers in a (D, n) block of weights: 80 MB
+
+
+def holm(p_values: ArrayLike) -> Floats:
+    """Holm's step-down adjustment of (m,) p-values: reject below alpha and at most alpha of families err.
+
+    Raises:
+        DataError: a p-value lies outside [0, 1] or is NaN.
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    if not ((p >= 0) & (p <= 1)).all():
+        raise DataError(f"p-values {p.tolist()} do not all lie in [0, 1]; correct the test they come from")
+    order = np.argsort(p, kind="stable")
+    stepped = np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p))))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(stepped, 1.0)
+    return adjusted
+
+
+def bootstrap_p_value(draws: ArrayLike) -> float:
+    """Two-sided p-value of "the difference is zero" from bootstrap draws of the difference, in (0, 1].
+
+    Twice the smaller tail beyond zero, a draw of exactly zero counting on both sides, and one counted for the value
+    itself so that it is never 0: with D draws it is at least 2 / (D + 1).
+    """
+    drawn = np.asarray(draws, dtype=np.float64)
+    tail = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
+    return min(1.0, 2 * (tail + 1) / (len(drawn) + 1))
+
+
+def interval(draws: ArrayLike) -> tuple[float, float]:
+    """The middle 95 % of draws."""
+    low, high = np.percentile(np.asarray(draws, dtype=np.float64), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def image_weights(labels: ArrayLike, num_draws: int = 1000, seed: Sequence[int] = (0,)) -> Weights:
+    """(D, n): how often each draw takes each image; normal and anomalous images are drawn apart.
+
+    Give the same weights to every method measured on these images, and differences are paired. Above 20 million
+    numbers D is reduced.
+    """
+    truth = np.asarray(labels, dtype=bool)
+    rng = np.random.default_rng(list(seed))
+    d = max(1, min(num_draws, _MAX_WEIGHTS // max(1, len(truth))))
+    weights = np.zeros((d, len(truth)), dtype=np.float32)
+    for members in (np.flatnonzero(~truth), np.flatnonzero(truth)):
+        if len(members):
+            picks = rng.integers(0, len(members), (d, len(members))) + len(members) * np.arange(d)[:, None]
+            counts = np.bincount(picks.ravel(), minlength=d * len(members))
+            weights[:, members] = counts.reshape(d, len(members))
+    return weights
+
+
+def auroc_draws(scores: ArrayLike, labels: ArrayLike, weights: Weights) -> Floats:
+    """AUROC (D,) of each draw of images, ties counting half.
+
+    Args:
+        scores: (n,), raw.
+        labels: (n,), True is anomalous.
+        weights: (D, n) from :func:`image_weights`.
+
+    Raises:
+        ScoreError, ShapeError, DataError: as :func:`raydiff.core.metrics.check_scores`, or weights for other images.
+    """
+    values, truth = check_scores(scores, labels)
+    if weights.ndim != 2 or weights.shape[1] != len(values):
+        raise ShapeError(f"weights are {weights.shape} for {len(values)} scores; they must be (D, n)")
+    order = np.argsort(values, kind="stable")
+    ranked, anomalous = values[order], truth[order]
+    drawn = weights[:, order]
+    below = np.cumsum(np.where(anomalous, 0.0, drawn), axis=1)  # (D, n): normals drawn with at most this score ...
+    below = np.concatenate([np.zeros((len(below), 1)), below], axis=1)
+    first = np.searchsorted(ranked, ranked[anomalous], side="left")
+    past = np.searchsorted(ranked, ranked[anomalous], side="right")
+    wins = 0.5 * (below[:, first] + below[:, past])  # ... ties count half
+    hits = drawn[:, anomalous]
+    return np.asarray((hits * wins).sum(axis=1, dtype=np.float64) / (hits.sum(axis=1) * below[:, -1]))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference with its 95 % interval, its two-sided p-value, and how many cells went in."""
+
+    estimate: Estimate
+    p_value: float
+    num_cells: int
+
+
+def hierarchical_difference(
+    values: Sequence[Sequence[float]],
+    draws: Sequence[Sequence[Floats]],
+    *,
+    num_draws: int = 10_000,
+    seed: int = 0,
+) -> Difference:
+    """The mean over categories of the mean over seeds of a difference, resampled at three levels.
+
+    Each draw takes categories with replacement, in each of them seeds with replacement, and for each category taken one
+    of its draws of images, shared by its seeds, which were measured on the same images. A level with one member adds
+    nothing; one with two or three understates its spread. One cell alone gives the draws of its images.
+
+    Args:
+        values: per category, per seed: the difference measured.
+        draws: per category, per seed: (D,) differences over draws of images, the same draws for all its seeds.
+        num_draws, seed: of the resampling.
+
+    Raises:
+        ShapeError: there is no category, one without seeds, or values and draws do not match.
+    """
+    sizes = [len(seeds) for seeds in values]
+    if not sizes or min(sizes) == 0 or sizes != [len(seeds) for seeds in draws]:
+        raise ShapeError(f"categories hold {sizes} values and {[len(s) for s in draws]} draws; give one of each a seed")
+    point = float(np.mean([np.mean(seeds) for seeds in values]))
+    num_cells = sum(sizes)
+    if num_cells == 1:
+        drawn = np.asarray(draws[0][0], dtype=np.float64)
+    else:
+        drawn = _resample([np.stack(seeds) for seeds in draws], num_draws, np.random.default_rng(seed))
+    low, high = interval(drawn)
+    return Difference(Estimate(point, low, high), bootstrap_p_value(drawn), num_cells)
+
+
+def _resample(categories: Sequence[Floats], num_draws: int, rng: np.random.Generator) -> Floats:
+    """Means (num_draws,) over categories drawn with replacement; each category is (number of seeds, D)."""
+    chosen = rng.integers(0, len(categories), (num_draws, len(categories)))
+    means = np.empty(chosen.shape)
+    for c, cells in enumerate(categories):
+        where = chosen == c
+        count, (num_seeds, d) = int(where.sum()), cells.shape
+        seeds, images = rng.integers(0, num_seeds, (count, num_seeds)), rng.integers(0, d, (count, 1))
+        means[where] = cells[seeds, images].mean(axis=1)
+    return np.asarray(means.mean(axis=1))
+
+
+def average_ranks(values: ArrayLike) -> Floats:
+    """Mean rank (k,) of each method over blocks; rank 1 is the highest value, ties share the mean of their ranks.
+
+    Args:
+        values: (n, k), one row per block; higher is better.
+
+    Raises:
+        ShapeError: not (n, k) with at least one block.
+    """
+    return np.asarray(stats.rankdata(-_blocks(values), axis=1).mean(axis=0))
+
+
+@dataclass(frozen=True)
+class Friedman:
+    """Friedman's chi-square with k - 1 degrees of freedom, corrected for ties, and its p-value."""
+
+    statistic: float
+    p_value: float
+
+
+def friedman(values: ArrayLike) -> Friedman:
+    """Whether the k methods differ at all over n blocks.
+
+    Args:
+        values: (n, k), one row per block.
+
+    Raises:
+        ShapeError: fewer than two blocks or three methods.
+    """
+    blocks = _blocks(values)
+    if blocks.shape[0] < 2 or blocks.shape[1] < 3:
+        raise ShapeError(f"values are {blocks.shape}; Friedman's test needs at least 2 blocks and 3 methods")
+    if (blocks == blocks[:, :1]).all():
+        return Friedman(0.0, 1.0)
+    found = stats.friedmanchisquare(*blocks.T)
+    return Friedman(float(found.statistic), float(found.pvalue))
+
+
+def critical_difference(num_methods: int, num_blocks: int, alpha: float = 0.05) -> float:
+    """Nemenyi's critical difference of average ranks: q_alpha sqrt(k (k + 1) / (6 n)), Demsar 2006, section 3.2.2.
+
+    q_alpha is the quantile of the studentised range for k groups and infinite degrees of freedom, over sqrt(2).
+
+    Raises:
+        ShapeError: fewer than two methods or no block.
+    """
+    if num_methods < 2 or num_blocks < 1:
+        raise ShapeError(f"{num_methods} methods on {num_blocks} blocks; ranks need at least 2 methods and 1 block")
+    q = float(stats.studentized_range.ppf(1 - alpha, num_methods, np.inf)) / np.sqrt(2)
+    return float(q * np.sqrt(num_methods * (num_methods + 1) / (6 * num_blocks)))
+
+
+def cliques(ranks: ArrayLike, difference: float) -> list[tuple[int, ...]]:
+    """Largest groups of methods, best rank first, whose ranks all lie within ``difference``; groups of one left out."""
+    values = np.asarray(ranks, dtype=np.float64)
+    order = np.argsort(values, kind="stable")
+    found, reached = [], -1
+    for start in range(len(order)):
+        end = int(np.searchsorted(values[order], values[order[start]] + difference, side="right")) - 1
+        if end > start and end > reached:
+            found.append(tuple(int(i) for i in order[start : end + 1]))
+            reached = end
+    return found
+
+
+def _blocks(values: ArrayLike) -> Floats:
+    blocks = np.asarray(values, dtype=np.float64)
+    if blocks.ndim != 2 or not len(blocks):
+        raise ShapeError(f"values are {blocks.shape}; they must be (n, k), a row per block")
+    return blocks
