@@ -156,12 +156,22 @@ class Scorer(Protocol):
         """
         ...
 
+    def check(self, num_conditions: int | None) -> None:
+        """See that it can work with a denoiser that knows so many labels, None for an unconditional one.
+
+        Raises:
+            ConfigError: it cannot, and which objective.condition it needs; asked for before training starts.
+        """
+        ...
+
     def num_evaluations(self, model: Diffusion) -> int:
         """NFE: network evaluations per image, counting every class of a conditional model that is tried."""
         ...
 
     def measure(self, model: Diffusion, x: Tensor) -> Tensor:
         """Evidence per image, float32 (B, K, H, W): one residual map per step. ``x`` is (B, C, H, W) in the space.
+
+        Gradients flow back to ``x`` where ``model.differentiable`` is set.
 
         A scorer that has numbers and no maps gives (B, K, 1, 1), and its ``Scores.map`` is None.
 
@@ -175,6 +185,10 @@ class Scorer(Protocol):
 
     def judge(self, evidence: Tensor, statistics: Mapping[str, Tensor], image_size: tuple[int, int]) -> Scores:
         """Scores and maps (at ``image_size``) from evidence (B, K, H, W); row i depends on evidence row i alone."""
+        ...
+
+    def surrogate(self, evidence: Tensor, statistics: Mapping[str, Tensor]) -> Tensor:
+        """``judge``'s image scores (B,) up to rounding, with gradients back to ``evidence``: for attacks."""
         ...
 
     def reconstruct(self, model: Diffusion, x: Tensor) -> Tensor | None:

@@ -224,6 +224,7 @@ class DiffusionDetector(Detector):
             space.load_state(space_state)
         scorer: Scorer = registry.build("scorers", config.scoring)
         scorer.timesteps(schedule_of(config))  # refuse what cannot be scored before anything is trained
+        scorer.check(num_conditions(config, num_classes))
         return cls(
             config=config,
             provenance={"num_classes": num_classes, **(provenance or {})},
@@ -264,6 +265,8 @@ class DiffusionDetector(Detector):
         """The same network with another scorer; it must be calibrated again."""
         config = self.config.model_copy(update={"scoring": scoring})
         scorer: Scorer = registry.build("scorers", scoring)
+        scorer.timesteps(schedule_of(config))
+        scorer.check(num_conditions(config, int(self.provenance["num_classes"])))
         return replace(self, config=config, scorer=scorer, statistics={}, calibration=None, artifact_digest=None)
 
     def measure(self, images: Tensor) -> Tensor:

@@ -1,24 +1,30 @@
-"""From residual maps to a score: normalise, blur, pool. Shared by every scorer that measures maps.
+"""From evidence to a score: normalise, blur, pool, or ask a density. Shared by every scorer.
 
 It runs in float64 on the CPU, one image at a time in effect: no operation mixes rows, so a score does not depend on
-the batch. Nothing here evaluates the network.
+the batch. Nothing here evaluates the network. :meth:`Judge.surrogate` is the image score once more in torch, for
+attacks that need its gradient; it is never what is reported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
 from raydiff.config import Options
 from raydiff.contracts import Scores
-from raydiff.core.density import DensityKind, fit_density, negative_log_density
+from raydiff.core.density import (
+    DensityKind,
+    differentiable_negative_log_density,
+    fit_density,
+    negative_log_density,
+)
 from raydiff.errors import NotCalibratedError
 
 __all__ = ["Judge", "JudgeOptions", "pool"]
@@ -32,6 +38,9 @@ class JudgeOptions(Options):
     normalise: Literal["none", "step", "pixel"] = Field(
         "pixel", description="z-score residuals on calibration normals: per step, or per step and pixel"
     )
+    sided: Literal["high", "both"] = Field(
+        "high", description="both: a z-score below the normals' counts as much as one above (its absolute value)"
+    )
     shrinkage: float = Field(
         20.0, ge=0, description="images' worth of weight that a step's mean deviation has in a pixel's deviation"
     )
@@ -41,22 +50,34 @@ class JudgeOptions(Options):
     density: DensityKind | Literal["none"] = Field(
         "none", description="score by a two-sided density on per-step statistics instead of by pooling the map"
     )
+    density_on: Literal["mean", "mean_and_top"] = Field(
+        "mean_and_top", description="the density's statistics of each map: its mean, or also that of its highest share"
+    )
     density_components: int = Field(3, ge=1, description="of the Gaussian mixture")
+
+    @model_validator(mode="after")
+    def _check_sides(self) -> Self:
+        if self.sided == "both" and self.normalise == "none":
+            raise ValueError("sided is both and normalise none; only z-scores have two sides: set normalise to pixel")
+        return self
 
 
 class Judge:
     """``fit`` and ``judge`` of the :class:`raydiff.contracts.Scorer` protocol; scorers inherit them.
 
     Evidence may have maps, (B, K, H, W), or be numbers alone, (B, K, 1, 1). A scorer whose evidence is not a positive
-    residual overrides :meth:`vectors`.
+    residual sets ``positive`` to False.
     """
+
+    positive: ClassVar[bool] = True
+    """Whether evidence is positive, so that a density is fitted on logarithms."""
 
     def __init__(self, options: JudgeOptions) -> None:
         self.judging = options
 
     def fit(self, evidence: Tensor) -> dict[str, Tensor]:
         """Mean and deviation of residuals on calibration normals, and the density, from (n, K, H, W)."""
-        values = evidence.double()
+        values = evidence.detach().double()
         statistics: dict[str, Tensor] = {}
         if self.judging.normalise != "none":
             statistics |= self._moments(values)
@@ -72,25 +93,41 @@ class Judge:
         Raises:
             NotCalibratedError: the options ask for statistics, and there are none.
         """
-        if not statistics and (self.judging.normalise, self.judging.density) != ("none", "none"):
-            raise NotCalibratedError("the scorer has no statistics of normal images yet; call calibrate() first")
-        values = evidence.double()
-        if "mean" in statistics:
-            values = (values - statistics["mean"].double()) / statistics["deviation"].double()
+        evidence = evidence.detach()
+        values = self._normalised(evidence, statistics)
         maps = values.numpy().mean(1)  # (B, H, W)
         if self.judging.blur and evidence.shape[-2:] != (1, 1):
             maps = ndimage.gaussian_filter(maps, (0, self.judging.blur, self.judging.blur), mode="nearest")
         if self.judging.density == "none":
             image = pool(maps, self.judging.pooling, self.judging.pooling_share)
         else:
-            state = {k.removeprefix("density."): v for k, v in statistics.items() if k.startswith("density.")}
-            image = negative_log_density(state, self.vectors(evidence.double().numpy()))
+            image = negative_log_density(_density_state(statistics), self.vectors(evidence.double().numpy()))
         if evidence.shape[-2:] == (1, 1):
             return Scores(torch.from_numpy(image).float())
         full = torch.from_numpy(maps)[:, None]
         if full.shape[-2:] != image_size:
             full = functional.interpolate(full, image_size, mode="bilinear", align_corners=False)
         return Scores(torch.from_numpy(image).float(), full.float())
+
+    def surrogate(self, evidence: Tensor, statistics: Mapping[str, Tensor]) -> Tensor:
+        """The image score of :meth:`judge` in torch, float32 (B,), with gradients back to ``evidence``.
+
+        The same numbers up to rounding; only ``judge`` promises them bit for bit.
+
+        Raises:
+            NotCalibratedError: the options ask for statistics, and there are none.
+        """
+        values = self._normalised(evidence, statistics)  # also where a density is asked: it wants statistics
+        if self.judging.density != "none":
+            vectors = self._differentiable_vectors(evidence.double())
+            return differentiable_negative_log_density(_density_state(statistics), vectors).float()
+        maps = values.mean(1)  # (B, H, W)
+        if self.judging.blur and evidence.shape[-2:] != (1, 1):
+            maps = _blurred(maps, self.judging.blur)
+        return _differentiable_pool(maps.flatten(1), self.judging.pooling, self.judging.pooling_share).float()
+
+    def check(self, num_conditions: int | None) -> None:
+        """Any denoiser will do, conditional or not."""
 
     def state(self) -> dict[str, Tensor]:
         """No weights."""
@@ -113,14 +150,41 @@ class Judge:
         variance = (count * within + weight * average) / (count + weight) if count + weight else within
         return {"mean": mean.float(), "deviation": variance.clamp(min=1e-24).sqrt().float()}
 
+    def _normalised(self, evidence: Tensor, statistics: Mapping[str, Tensor]) -> Tensor:
+        """Float64 evidence, z-scored and without its sign as the options say."""
+        if not statistics and (self.judging.normalise, self.judging.density) != ("none", "none"):
+            raise NotCalibratedError("the scorer has no statistics of normal images yet; call calibrate() first")
+        values = evidence.double()
+        if "mean" not in statistics:
+            return values
+        mean, deviation = (statistics[name].double().to(values.device) for name in ("mean", "deviation"))
+        values = (values - mean) / deviation
+        return values.abs() if self.judging.sided == "both" else values
+
     def vectors(self, evidence: np.ndarray) -> np.ndarray:
         """What the density is fitted on, float64 (B, d), from float64 evidence (B, K, H, W), row by row.
 
-        Here per-step statistics (B, 2K): log of the mean residual and of its highest share, at each step.
+        Numbers alone are taken as they are, d = K. Maps give their mean and the mean of their highest share, d = 2K,
+        or the former alone. All are logarithms where evidence is positive.
         """
         flat = np.ascontiguousarray(evidence.reshape(*evidence.shape[:2], -1))  # (B, K, H W)
-        top = np.stack([pool(flat[:, k], "top_k", self.judging.pooling_share) for k in range(flat.shape[1])], 1)
-        return np.log(np.concatenate([flat.mean(2), top], 1) + 1e-12)
+        values = flat.mean(2)
+        if self._with_top(flat.shape[2]):
+            share = self.judging.pooling_share
+            top = np.stack([pool(flat[:, k], "top_k", share) for k in range(flat.shape[1])], 1)
+            values = np.concatenate([values, top], 1)
+        return np.log(values + 1e-12) if self.positive else values
+
+    def _differentiable_vectors(self, evidence: Tensor) -> Tensor:
+        flat = evidence.flatten(2)  # (B, K, H W)
+        values = flat.mean(2)
+        if self._with_top(flat.shape[2]):
+            top = _differentiable_pool(flat, "top_k", self.judging.pooling_share)
+            values = torch.cat([values, top], 1)
+        return (values + 1e-12).log() if self.positive else values
+
+    def _with_top(self, num_pixels: int) -> bool:
+        return self.judging.density_on == "mean_and_top" and num_pixels > 1
 
 
 def pool(maps: np.ndarray, how: Pooling, share: float) -> np.ndarray:
@@ -138,3 +202,27 @@ def pool(maps: np.ndarray, how: Pooling, share: float) -> np.ndarray:
         highest = np.ascontiguousarray(np.sort(flat, axis=1)[:, -count:])
         result = highest.mean(1) if how == "top_k" else highest[:, 0]
     return np.asarray(result, dtype=np.float64)
+
+
+def _density_state(statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix("density."): v for k, v in statistics.items() if k.startswith("density.")}
+
+
+def _differentiable_pool(flat: Tensor, how: Pooling, share: float) -> Tensor:
+    """:func:`pool` over the last axis in torch, (...) from (..., N)."""
+    if how == "mean":
+        return flat.mean(-1)
+    count = 1 if how == "max" else max(1, round(share * flat.shape[-1]))
+    highest = flat.topk(count, -1).values
+    return highest.mean(-1) if how == "top_k" else highest[..., -1]
+
+
+def _blurred(maps: Tensor, sigma: float) -> Tensor:
+    """scipy's ``gaussian_filter(mode="nearest")`` of each map in torch, (B, H, W)."""
+    radius = int(4 * sigma + 0.5)
+    offsets = torch.arange(-radius, radius + 1, dtype=maps.dtype, device=maps.device)
+    kernel = (-0.5 * (offsets / sigma).square()).exp()
+    kernel = kernel / kernel.sum()
+    padded = functional.pad(maps[:, None], (radius,) * 4, mode="replicate")
+    across = functional.conv2d(padded, kernel[None, None, None])
+    return functional.conv2d(across, kernel[None, None, :, None])[:, 0]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["DensityKind", "fit_density", "negative_log_density"]
+__all__ = ["DensityKind", "differentiable_negative_log_density", "fit_density", "negative_log_density"]
 
 DensityKind = Literal["mahalanobis", "gaussian_mixture", "kde"]
 
@@ -72,3 +72,17 @@ def negative_log_density(state: Mapping[str, Tensor], vectors: np.ndarray) -> np
     peak = log_terms.max(1)
     result: np.ndarray = -(peak + np.log(np.exp(log_terms - peak[:, None]).sum(1)))
     return result
+
+
+def differentiable_negative_log_density(state: Mapping[str, Tensor], vectors: Tensor) -> Tensor:
+    """:func:`negative_log_density` in torch, float64 (B,), with gradients back to ``vectors`` (B, d).
+
+    For attacks; its last bits may depend on the batch.
+    """
+    center, scale, means, weights, roots = (
+        state[name].to(vectors.device) for name in ("center", "scale", "means", "weights", "precision_roots")
+    )
+    difference = ((vectors.double() - center) / scale)[:, None] - means  # (B, M, d)
+    whitened = torch.einsum("bmi,mij->bmj", difference, roots.expand(len(means), -1, -1))
+    log_volume = roots.diagonal(dim1=1, dim2=2).log().sum(1)  # (M,) or (1,)
+    return -(weights.log() + log_volume - 0.5 * whitened.square().sum(2)).logsumexp(1)

@@ -75,7 +75,7 @@ class DenoisingError(Judge):
             for condition in self._conditions(model)
         ]
         errors = torch.stack(per_class)  # (classes, B, K, H, W)
-        best = torch.from_numpy(errors.double().numpy().mean((2, 3, 4)).argmin(0))  # (B,)
+        best = torch.from_numpy(errors.detach().double().numpy().mean((2, 3, 4)).argmin(0))  # (B,)
         return errors[best, torch.arange(len(x))]
 
     def reconstruct(self, model: Diffusion, x: Tensor) -> Tensor | None:
