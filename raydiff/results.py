@@ -61,8 +61,8 @@ class Result(BaseModel):
     is kept on the row of subset ``all``. ``data_digest`` is that of the tested data; ``trained_on`` that of the normal
     images the detector was fitted on, None where that was not recorded. ``category`` is the part of a data set that a
     benchmark's cell is about (a class, a kind of part), and ``cell`` names the cell. ``pretrained`` names pretrained
-    weights the detector uses, None where everything was learnt from the training images. The costs are None where they were not
-    measured: ``training_seconds`` of wall time, ``model_mb`` of tensors in the artefact (10^6 bytes),
+    weights the detector uses, None where everything was learnt from the training images. The costs are None where they
+    were not measured: ``training_seconds`` of wall time, ``model_mb`` of tensors in the artefact (10^6 bytes),
     ``peak_memory_mb`` of the process while it scored (of the GPU's memory on a GPU), ``ms_per_image_best`` at the best
     batch size, ``best_batch_size``.
     """
@@ -312,8 +312,9 @@ def compare(
 ) -> list[Comparison]:
     """Every other detector minus the best of ``references``, per data set, category and seed.
 
-    The intervals are of a paired bootstrap. The reference is the one with the highest test AUROC among those present, which favours it. Groups in which no
-    reference was evaluated, or not on the same images, give no rows. Of several runs of one seed the last counts.
+    The intervals are of a paired bootstrap. The reference is the one with the highest test AUROC among those present,
+    which favours it. Groups in which no reference was evaluated, or not on the same images, give no rows. Of several
+    runs of one seed the last counts.
     """
     groups: dict[tuple[str, str, int], list[Evaluation]] = {}
     for evaluation in latest(evaluations):
