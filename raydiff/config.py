@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -25,8 +25,11 @@ from pydantic import (
     JsonValue,
     SerializeAsAny,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from raydiff import registry
 from raydiff.errors import ConfigError
@@ -51,10 +54,28 @@ NO_EFFECT: dict[str, JsonValue] = {"affects_scores": False}
 """``Field(json_schema_extra=NO_EFFECT)``: this field cannot change a score, so the digest leaves it out."""
 
 
+def _types_in(annotation: Any) -> set[Any]:
+    """The plain types that a field's annotation is made of: ``tuple[Literal[1], float]`` gives int and float."""
+    inner = get_args(annotation)
+    if inner:
+        return {kind for part in inner for kind in _types_in(part)}
+    return {annotation if isinstance(annotation, type) else type(annotation)}
+
+
 class Section(BaseModel):
     """A frozen group of fields; unknown keys are errors, defaults are validated."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML's ``yes`` and ``true`` are no numbers, though Python takes them for 1."""
+        accepted = _types_in(cls.model_fields[info.field_name or ""].annotation)
+        given = value if isinstance(value, list | tuple) else [value]
+        if bool not in accepted and accepted & {int, float} and any(isinstance(item, bool) for item in given):
+            raise PydanticCustomError("bool_for_a_number", "Input should be a number, not true or false")
+        return value
 
 
 class Options(Section):
@@ -98,7 +119,13 @@ class DataConfig(Section):
     calibration_fraction: float = Field(
         0.25, gt=0, lt=1, description="share of the training normals set aside for calibration"
     )
-    split_seed: int = Field(0, ge=0, description="which normals are set aside")
+    split_seed: int = Field(0, ge=0, description="which normals are set aside, and which images a limit keeps")
+    max_train_images: int | None = Field(
+        None, gt=0, description="at most so many training normals, calibration included; equal shares per class"
+    )
+    max_test_images: int | None = Field(
+        None, gt=0, description="at most so many test images, each class and defect in proportion"
+    )
     on_bad_image: Literal["error", "skip"] = Field(
         "error", description="skip: leave an unreadable image out, count it and name it"
     )

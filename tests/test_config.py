@@ -276,9 +276,9 @@ def candidates(value: Any, annotation: Any) -> list[Any]:
     if isinstance(value, float):
         return [value / 2, value * 1.01, value + 0.01]
     if isinstance(value, tuple):
-        return [tuple(v * 2 for v in value), *([str(v)] for v in range(1, 3)), ["cat"], []]
+        return [tuple(v * 2 for v in value), *([str(v)] for v in range(1, 3)), ["cat"], value[:1], []]
     literals = [choice for arg in (annotation, *get_args(annotation)) for choice in get_args(arg)]
-    return [*(choice for choice in literals if choice != value), "elsewhere"]
+    return [*(choice for choice in literals if choice != value), "elsewhere", 7]
 
 
 def perturbed(config: ExperimentConfig, path: str, value: Any) -> ExperimentConfig:
@@ -326,3 +326,19 @@ def test_the_digest_is_sha256_in_hex_and_the_same_in_another_order_of_keys(tmp_p
     assert int(digest, 16) >= 0
     backwards = json.dumps(dict(reversed(ExperimentConfig(seed=0).to_dict().items())))
     assert load_config(write(tmp_path / "c.json", backwards)).digest() == digest
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("seed: true", "seed"),
+        ("training: {learning_rate: no}", "training.learning_rate"),
+        ("data: {image_size: [8, true]}", "data.image_size"),
+        ("data: {channels: true}", "data.channels"),
+        ("data: {max_test_images: yes}", "data.max_test_images"),
+    ],
+)
+def test_true_and_false_are_no_numbers(tmp_path, text, path):
+    message = error_of(tmp_path, text)
+    assert message.startswith(f"config.yaml: {path} is ")
+    assert message.endswith("; input should be a number, not true or false")

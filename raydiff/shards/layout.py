@@ -10,19 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from raydiff.config import DataConfig
+from raydiff.config import NO_EFFECT, DataConfig
 from raydiff.contracts import Entry, Split
 from raydiff.core.diffusion import keyed_seed
-from raydiff.errors import DataError
+from raydiff.errors import ConfigError, DataError
 
 __all__ = [
     "FORMAT_VERSION",
+    "LIMITS",
     "MANIFEST",
     "SCHEMA",
     "SPLITS",
@@ -36,6 +37,8 @@ __all__ = [
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SPLITS: tuple[Split, ...] = ("train", "calibration", "test")
+LIMITS = ("max_train_images", "max_test_images")
+"""Config fields that are recorded only where they are set."""
 
 SCHEMA = pa.schema(
     [
@@ -112,31 +115,40 @@ class ShardRecord:
 
 
 def recorded_fields(data: DataConfig) -> dict[str, Any]:
-    """The config fields that shards depend on, as plain JSON types; the pixel fields only where they matter."""
+    """The config fields that shards depend on, as plain JSON types; the pixel fields only where they matter.
+
+    Options of the data set that cannot change a score (:data:`raydiff.config.NO_EFFECT`) are left out.
+    """
     dumped = data.model_dump(mode="json")
     names = ["dataset", "calibration_fraction", "split_seed", "shard_format"]
+    names += [name for name in LIMITS if dumped[name] is not None]
     if data.shard_format == "raw" or data.resize == "strict":
         names += ["image_size", "channels", "resize"]
+    for option, field in type(data.dataset).model_fields.items():
+        if field.json_schema_extra == NO_EFFECT:
+            del dumped["dataset"][option]
     return {name: dumped[name] for name in names}
 
 
 def plan_shards(entries: Sequence[Entry], data: DataConfig) -> list[ShardPlan]:
     """Spread a data set over shards, cutting the calibration split from the training images.
 
-    Per class, exactly ``round(calibration_fraction * n)`` of the n training images (at least one) are set aside: those
+    ``data.max_train_images`` and ``data.max_test_images`` choose first: see :func:`_limited_train` and
+    :func:`_limited_test`. Per class, exactly ``round(calibration_fraction * n)`` of the n training images (at least one) are set aside: those
     that come first in an order keyed by (split_seed, image_id). Training and calibration images are stored in keyed
     order too, so that every row group is a fair sample; test images stay in the data set's order.
 
     Raises:
         DataError: no training images, too few of a class, an anomalous one among them, or two images with one id.
+        ConfigError: a limit is too small for every class (and defect) to be there.
     """
     _check(entries)
-    train = [entry for entry in entries if entry.split == "train"]
+    train = _limited_train([entry for entry in entries if entry.split == "train"], data)
     calibration = _calibration_ids(train, data)
     members: dict[Split, list[Entry]] = {
         "train": _keyed_order((entry for entry in train if entry.image_id not in calibration), data),
         "calibration": _keyed_order((entry for entry in train if entry.image_id in calibration), data),
-        "test": [entry for entry in entries if entry.split == "test"],
+        "test": _limited_test([entry for entry in entries if entry.split == "test"], data),
     }
     return [plan for split in SPLITS for plan in _plan_split(split, members[split], data)]
 
@@ -151,6 +163,68 @@ def _check(entries: Sequence[Entry]) -> None:
     tainted = next((entry.image_id for entry in train if entry.is_anomaly), None)
     if tainted is not None:
         raise DataError(f"{tainted}: is anomalous but in the training split; only normal images may be learnt from")
+
+
+def _limited_train(train: list[Entry], data: DataConfig) -> list[Entry]:
+    """At most ``data.max_train_images``, the same number of each class; what a small class lacks goes to the others.
+
+    Which ones is keyed by (split_seed, image_id), so that a larger limit keeps what a smaller one chose.
+    """
+    limit = data.max_train_images
+    if limit is None or limit >= len(train):
+        return train
+    groups = _grouped(train, lambda entry: (entry.class_name,))
+    if limit < 2 * len(groups):
+        raise ConfigError(
+            f"data.max_train_images is {limit}; {len(groups)} classes need at least {2 * len(groups)}, one of each to"
+            f" learn from and one to calibrate on"
+        )
+    quotas: dict[tuple[str, ...], int] = {}
+    for done, key in enumerate(sorted(groups, key=lambda key: (len(groups[key]), key))):  # the smallest class first
+        quotas[key] = min(len(groups[key]), (limit - sum(quotas.values())) // (len(groups) - done))
+    return _chosen(train, groups, quotas, data)
+
+
+def _limited_test(test: list[Entry], data: DataConfig) -> list[Entry]:
+    """At most ``data.max_test_images``: one of each (class, defect), the others in proportion (largest remainders)."""
+    limit = data.max_test_images
+    if limit is None or limit >= len(test):
+        return test
+    groups = _grouped(test, lambda entry: (entry.class_name, entry.defect))
+    if limit < len(groups):
+        raise ConfigError(
+            f"data.max_test_images is {limit}; there are {len(groups)} kinds of test images (class and defect), so it"
+            f" must be at least {len(groups)}"
+        )
+    quotas = {key: max(1, limit * len(members) // len(test)) for key, members in groups.items()}
+    while (rest := limit - sum(quotas.values())) != 0:
+        lack = {key: len(members) * limit / len(test) - quotas[key] for key, members in groups.items()}
+        if rest > 0:
+            quotas[max(sorted(lack), key=lambda key: lack[key])] += 1
+        else:  # one of each was more than some had a right to
+            quotas[min(sorted(key for key in lack if quotas[key] > 1), key=lambda key: lack[key])] -= 1
+    return _chosen(test, groups, quotas, data)
+
+
+def _grouped(entries: list[Entry], key: Callable[[Entry], tuple[str, ...]]) -> dict[tuple[str, ...], list[Entry]]:
+    groups: dict[tuple[str, ...], list[Entry]] = defaultdict(list)
+    for entry in entries:
+        groups[key(entry)].append(entry)
+    return groups
+
+
+def _chosen(
+    entries: list[Entry],
+    groups: Mapping[tuple[str, ...], list[Entry]],
+    quotas: Mapping[tuple[str, ...], int],
+    data: DataConfig,
+) -> list[Entry]:
+    """Per group the first of a keyed order, as many as its quota; all in the order of ``entries``."""
+    kept: set[str] = set()
+    for key, members in groups.items():
+        order = sorted(members, key=lambda entry: keyed_seed("limit", data.split_seed, entry.image_id))
+        kept.update(entry.image_id for entry in order[: quotas[key]])
+    return [entry for entry in entries if entry.image_id in kept]
 
 
 def _calibration_ids(train: Sequence[Entry], data: DataConfig) -> frozenset[str]:

@@ -2,14 +2,16 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from raydiff.config import DataConfig
+from raydiff.config import NO_EFFECT, DataConfig, ExperimentConfig
 from raydiff.contracts import Entry
-from raydiff.errors import DataError
-from raydiff.shards import plan_shards
+from raydiff.errors import ConfigError, DataError
+from raydiff.shards import ShardSet, plan_shards, write_shards
+from raydiff.shards.layout import recorded_fields
 
 
 def entries(count: int, *, class_name: str = "a", split: Any = "train", size: int = 1000) -> list[Entry]:
@@ -127,3 +129,118 @@ def test_an_anomaly_in_the_training_split_is_refused() -> None:
 def test_two_images_with_one_id_are_refused() -> None:
     with pytest.raises(DataError, match=r"^a/train/0002: 1 image id\(s\) occur more than once"):
         plan_shards([*entries(5), entries(5)[2]], DataConfig())
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+
+def labelled(counts: dict[tuple[str, str], int]) -> list[Entry]:
+    return [
+        Entry(f"{class_name}/{defect}/{number:03d}", "test", class_name, defect, defect != "good", 10)
+        for (class_name, defect), count in counts.items()
+        for number in range(count)
+    ]
+
+
+def chosen(found: list[Entry], split: str, **fields: Any) -> list[Entry]:
+    splits = {"train": ("train", "calibration"), "test": ("test",)}[split]
+    return [e for plan in plan_shards(found, DataConfig(**fields)) if plan.split in splits for e in plan.entries]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limit", "expected"),
+    [
+        ((40, 40, 40), 30, (10, 10, 10)),
+        ((40, 40, 40), 31, (10, 10, 11)),
+        ((40, 3, 40), 43, (20, 3, 20)),  # what the small class lacks goes to the others
+        ((40, 40, 40), 6, (2, 2, 2)),
+        ((5, 4, 3), 12, (5, 4, 3)),
+        ((5, 4, 3), 1000, (5, 4, 3)),
+    ],
+)
+def test_a_limit_of_training_images_is_shared_by_the_classes(
+    sizes: tuple[int, ...], limit: int, expected: tuple[int, ...]
+) -> None:
+    found = [entry for size, name in zip(sizes, "abc", strict=True) for entry in entries(size, class_name=name)]
+    kept = Counter(entry.class_name for entry in chosen(found, "train", max_train_images=limit))
+    assert tuple(kept[name] for name in "abc") == expected
+
+
+def test_the_limit_counts_the_calibration_images_too() -> None:
+    ids = by_split(plan_shards(entries(100), DataConfig(max_train_images=40)))
+    assert (len(ids["train"]), len(ids["calibration"])) == (30, 10)
+
+
+def test_which_images_a_limit_keeps_depends_on_ids_and_seed_alone() -> None:
+    found = [*entries(60), *entries(30, class_name="b"), *labelled({("a", "good"): 50, ("a", "dent"): 50})]
+    limits = {"max_train_images": 20, "max_test_images": 20}
+    plans, backwards = (plan_shards(order, DataConfig(**limits)) for order in (found, found[::-1]))
+    assert {split: set(ids) for split, ids in by_split(plans).items()} == {
+        split: set(ids) for split, ids in by_split(backwards).items()
+    }
+    for split in ("train", "test"):
+        small = {entry.image_id for entry in chosen(found, split, **limits)}
+        large = {entry.image_id for entry in chosen(found, split, max_train_images=30, max_test_images=30)}
+        other = {entry.image_id for entry in chosen(found, split, split_seed=1, **limits)}
+        assert len(small) == len(other) == 20
+        assert small < large
+        assert small != other
+
+
+@pytest.mark.parametrize(
+    ("counts", "limit", "expected"),
+    [
+        ((100, 50, 50), 20, (10, 5, 5)),
+        ((100, 50, 1), 15, (9, 5, 1)),
+        ((1000, 1, 1), 10, (8, 1, 1)),  # at least one of each
+        ((34, 33, 33), 10, (4, 3, 3)),
+        ((5, 5, 5), 3, (1, 1, 1)),
+        ((5, 5, 5), 15, (5, 5, 5)),
+    ],
+)
+def test_a_limit_of_test_images_keeps_the_proportions(
+    counts: tuple[int, ...], limit: int, expected: tuple[int, ...]
+) -> None:
+    kinds = [("a", "good"), ("a", "dent"), ("b", "dent")]
+    found = [*entries(8), *labelled(dict(zip(kinds, counts, strict=True)))]
+    kept = chosen(found, "test", max_test_images=limit)
+    assert tuple(Counter((e.class_name, e.defect) for e in kept)[kind] for kind in kinds) == expected
+    assert kept == [entry for entry in found if entry in kept]  # in the data set's order
+
+
+def test_limits_that_are_too_small_are_refused() -> None:
+    found = [*entries(9), *entries(9, class_name="b"), *labelled({("a", "good"): 5, ("a", "x"): 5, ("b", "y"): 5})]
+    with pytest.raises(ConfigError, match=r"^data.max_train_images is 3; 2 classes need at least 4"):
+        plan_shards(found, DataConfig(max_train_images=3))
+    with pytest.raises(ConfigError, match=r"^data.max_test_images is 2; there are 3 kinds .* must be at least 3$"):
+        plan_shards(found, DataConfig(max_test_images=2))
+
+
+def test_limits_are_part_of_the_digest() -> None:
+    plain = ExperimentConfig()
+    digests = {plain.override({f"data.{name}": 100}).digest() for name in ("max_train_images", "max_test_images")}
+    assert len(digests | {plain.digest()}) == 3
+
+
+def test_shards_made_with_another_limit_are_refused_and_rewritten(tmp_path: Path) -> None:
+    place = str(tmp_path / "shards")
+    plain, fewer = DataConfig(), DataConfig(max_train_images=40, max_test_images=50)
+    write_shards(fewer, place)
+    shards = ShardSet.open(place)
+    assert (shards.count("train"), shards.count("calibration"), shards.count("test")) == (30, 10, 50)
+    shards.check(fewer)
+    with pytest.raises(DataError, match=r"prepared with data.max_test_images = 50, the config says None"):
+        shards.check(plain)
+    with pytest.raises(DataError, match=r"prepared with data.max_train_images = 40, the config says 41"):
+        shards.check(fewer.model_copy(update={"max_train_images": 41}))
+    assert write_shards(plain, place).count("test") == 602
+    with pytest.raises(DataError, match=r"prepared with data.max_test_images = None, the config says 50"):
+        ShardSet.open(place).check(fewer)
+    generous = plain.model_copy(update={"max_test_images": 10_000})  # keeps the same images, and says so
+    write_shards(generous, place).check(generous)
+
+
+def test_options_without_an_effect_are_not_recorded() -> None:
+    data = DataConfig(dataset={"name": "mvtec_ad", "source": "x", "categories": "screw", "check_counts": False})
+    assert type(data.dataset).model_fields["check_counts"].json_schema_extra == NO_EFFECT
+    assert recorded_fields(data)["dataset"] == {"name": "mvtec_ad", "source": "x", "categories": ["screw"]}
