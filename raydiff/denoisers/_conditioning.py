@@ -63,11 +63,10 @@ def sine_cosine_positions(dim: int, grid: tuple[int, int]) -> Tensor:
     Vaswani et al. 2017 (arXiv:1706.03762), section 3.5, per axis. Cells count from 0, so neighbours are one apart
     whatever the shape. ``dim`` must be a multiple of 4.
     """
-    device = torch.get_default_device()
     height, width = grid
-    frequencies = _frequencies(dim // 4, device)
-    rows = _waves(torch.arange(height, device=device).float(), frequencies)  # (h, dim / 2)
-    columns = _waves(torch.arange(width, device=device).float(), frequencies)  # (w, dim / 2)
+    frequencies = _frequencies(dim // 4)
+    rows = _waves(torch.arange(height).float(), frequencies)  # (h, dim / 2)
+    columns = _waves(torch.arange(width).float(), frequencies)  # (w, dim / 2)
     return torch.cat(
         [rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], dim=-1
     ).contiguous()  # (h, w, dim)
@@ -78,7 +77,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(x + shift, x, scale)
 
 
-def _frequencies(count: int, device: torch.device) -> Tensor:
+def _frequencies(count: int, device: torch.device | None = None) -> Tensor:
     return torch.exp(torch.arange(count, device=device).float() * (-math.log(_MAX_PERIOD) / count))
 
 

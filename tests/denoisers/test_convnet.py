@@ -86,6 +86,14 @@ def test_two_threads_give_the_same_bits_as_one():
         torch.set_num_threads(before)
 
 
+def test_training_in_bfloat16():
+    network, x = build(num_classes=2, moved=True), torch.randn(2, 1, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = (network(x, torch.tensor([1, 2]), torch.tensor([0, 2])).float() - x).square().mean()
+    loss.backward()
+    assert all(bool(p.grad.isfinite().all()) for p in network.parameters())
+
+
 def test_dropout_is_off_when_evaluating():
     network = build(dropout=0.5, moved=True)
     x, t = torch.randn(1, 1, 8, 8), torch.tensor([3])
