@@ -5,17 +5,30 @@ Images are float32 in [-1, 1], shape (B, C, H, W). Steps ``t`` are 0-based int64
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from raydiff.core.diffusion import Diffusion
 from raydiff.core.schedule import NoiseSchedule
 
-__all__ = ["Baseline", "Dataset", "Entry", "Prediction", "Scorer", "Scores", "Space", "Split"]
+__all__ = [
+    "Baseline",
+    "Dataset",
+    "Entry",
+    "Perturbation",
+    "Perturbed",
+    "Prediction",
+    "Scorer",
+    "Scores",
+    "Space",
+    "Split",
+]
 
 Split = Literal["train", "calibration", "test"]
 
@@ -229,4 +242,37 @@ class Baseline(Protocol):
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state` gave."""
+        ...
+
+
+@dataclass(frozen=True)
+class Perturbed:
+    """Changed images, uint8 (B, H, W, C), and, of a synthetic anomaly, the pixels that changed, bool (B, H, W)."""
+
+    images: NDArray[np.uint8]
+    masks: NDArray[np.bool_] | None = None
+
+
+class Perturbation(Protocol):
+    """Built by ``perturbations/<name>.py: build(options)``: a change of images as they are after decoding.
+
+    A ``corruption`` leaves an image what it is, normal or anomalous: the robustness table counts what it costs. An
+    ``anomaly`` makes a normal image anomalous, for choosing between models without test labels.
+    """
+
+    @property
+    def kind(self) -> Literal["corruption", "anomaly"]:
+        """What it does to an image."""
+        ...
+
+    def apply(self, images: NDArray[np.uint8], *, severity: int, ids: Sequence[str]) -> Perturbed:
+        """New images of the same shape, from uint8 (B, H, W, C) and B ids.
+
+        Row i depends on ``images[i]``, ``ids[i]``, ``severity`` and the options' seed alone. An anomaly changes at
+        least one pixel of each image, and marks all that it changes.
+
+        Raises:
+            ConfigError: ``severity`` is not 1 (slight) to 5 (heavy).
+            ShapeError: the images are not uint8 (B, H, W, 1 or 3), or there is not one id for each.
+        """
         ...

@@ -9,7 +9,7 @@ A detector is immutable and its methods may be called from several threads: ``ca
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -112,6 +112,21 @@ class Detector(ABC):
     def explain(self, images: Tensor) -> Prediction:
         """:meth:`predict` with the reconstruction, where the detector has one."""
         return replace(self.predict(images), reconstruction=self._reconstruct(images))
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether there is a :meth:`surrogate`."""
+        return False
+
+    def surrogate(self, images: Tensor) -> Tensor:  # noqa: ARG002
+        """A stand-in for the score through which gradients flow back to the images, for attacks; (B,).
+
+        It rises and falls with the score, but need not equal it: an attack's success is judged on :meth:`score`.
+
+        Raises:
+            ConfigError: the detector has no gradient.
+        """
+        raise ConfigError(f"{self.name} has no gradient, so it cannot be attacked; leave it out of the attacks")
 
     @abstractmethod
     def calibrate(self, images: Tensor | Iterable[Tensor], *, data_digest: str | None = None) -> Self:
@@ -304,6 +319,18 @@ class DiffusionDetector(Detector):
             artifact_digest=None,
         )
 
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the scorer has a surrogate."""
+        return hasattr(self.scorer, "surrogate")
+
+    def surrogate(self, images: Tensor) -> Tensor:
+        """See :meth:`Detector.surrogate`: the scorer's, of evidence measured with gradients."""
+        if not self.has_gradient:
+            return super().surrogate(images)
+        evidence = self.scorer.measure(replace(self.model, differentiable=True), self._encode(images))
+        return self.scorer.surrogate(evidence, self.statistics)
+
     def _measured(self, images: Tensor) -> Tensor:
         self._check_images(images)
         return self.measure(images)
@@ -368,6 +395,16 @@ class BaselineDetector(Detector):
         batches = [images] if isinstance(images, Tensor) else images
         scores = Scores.concatenate([self.score(batch) for batch in batches])
         return replace(self, calibration=self._make_calibration(scores, data_digest), artifact_digest=None)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the baseline has a surrogate."""
+        return hasattr(self.baseline, "surrogate")
+
+    def surrogate(self, images: Tensor) -> Tensor:
+        """See :meth:`Detector.surrogate`: the baseline's, where it has one."""
+        surrogate: Callable[[Tensor], Tensor] | None = getattr(self.baseline, "surrogate", None)
+        return super().surrogate(images) if surrogate is None else surrogate(images)
 
     def _score(self, images: Tensor) -> Scores:
         return self.baseline.score(images)

@@ -23,8 +23,8 @@ from raydiff.errors import ConfigError
 
 __all__ = ["KINDS", "Kind", "build", "component", "names", "nearest"]
 
-Kind = Literal["denoisers", "spaces", "scorers", "baselines", "datasets"]
-KINDS: tuple[Kind, ...] = ("denoisers", "spaces", "scorers", "baselines", "datasets")
+Kind = Literal["denoisers", "spaces", "scorers", "baselines", "datasets", "perturbations"]
+KINDS: tuple[Kind, ...] = ("denoisers", "spaces", "scorers", "baselines", "datasets", "perturbations")
 
 
 @cache

@@ -22,17 +22,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raydiff import registry
-from raydiff.contracts import Baseline, Dataset, Entry, Scorer, Space
+from raydiff.contracts import Baseline, Dataset, Entry, Perturbation, Perturbed, Scorer, Space
 from raydiff.core.diffusion import Diffusion
 from raydiff.core.schedule import NoiseSchedule, PredictionType, make_schedule, target
 from raydiff.errors import ConfigError
-from raydiff.images import ImageSpec, decode, decode_mask
+from raydiff.images import ImageSpec, decode, decode_mask, to_uint8
 
 __all__ = [
     "OracleDenoiser",
+    "TurnedOracle",
     "check_baseline",
     "check_dataset",
     "check_denoiser",
+    "check_perturbation",
     "check_scorer",
     "check_space",
     "planted_defect",
@@ -47,7 +49,7 @@ class OracleDenoiser:
 
     The expected clean image is E[x_0 | x_t] = mean + sqrt(abar) std^2 (x_t - sqrt(abar) mean) / v with the variance
     v = abar std^2 + 1 - abar of x_t, and the expected noise eps* = sqrt(1 - abar) (x_t - sqrt(abar) mean) / v. It is
-    called like any denoiser, ignores the condition, and computes in float64.
+    called like any denoiser, ignores the condition (see :class:`TurnedOracle`), and computes in float64.
 
     Args:
         schedule: the noise schedule.
@@ -69,22 +71,47 @@ class OracleDenoiser:
         self.std = std
         self.prediction_type = prediction_type
 
-    def __call__(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:  # noqa: ARG002
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """The exact prediction for ``x_t`` (B, C, H, W) at steps ``t`` (B,), in the dtype of ``x_t``."""
-        x, mean = x_t.double(), self.mean.to(x_t.device)
+        x, mean = x_t.double(), self.mean_under(condition).to(x_t.device)
         abar = self.schedule.alpha_bar(t, x)  # (B, 1, 1, 1)
         surprise = (x - abar.sqrt() * mean) / (abar * self.std**2 + 1 - abar)
         x0, epsilon = mean + abar.sqrt() * self.std**2 * surprise, (1 - abar).sqrt() * surprise
         return target(self.schedule, x0, t, epsilon, self.prediction_type).to(x_t)
 
-    def model(self, *, seed: int = 0, chunk_size: int = 16) -> Diffusion:
+    num_classes: int | None = None
+
+    def mean_under(self, condition: Tensor | None) -> Tensor:  # noqa: ARG002
+        """The mean that it believes in, broadcastable to (B, C, H, W)."""
+        return self.mean
+
+    def model(self, *, seed: int = 0, chunk_size: int = 16, differentiable: bool = False) -> Diffusion:
         """The oracle as a :class:`raydiff.core.diffusion.Diffusion`, ready for a scorer."""
-        return Diffusion(self, self.schedule, self.prediction_type, seed=seed, chunk_size=chunk_size)
+        return Diffusion(
+            self, self.schedule, self.prediction_type, seed=seed, num_classes=self.num_classes, chunk_size=chunk_size,
+            differentiable=differentiable,
+        )  # fmt: skip
 
     def sample(self, shape: tuple[int, ...], *, seed: int = 0) -> Tensor:
         """Images (B, C, H, W) from the Gaussian itself, float32."""
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         return (self.mean + self.std * noise).float()
+
+
+class TurnedOracle(OracleDenoiser):
+    """The best denoiser for Gaussian data that were turned, when told by how many quarters.
+
+    Label k turns its mean by k quarters; without a label (4, or None) its mean is the average of the four. ``mean`` is
+    (C, H, H). Its samples are not turned.
+    """
+
+    num_classes = 4
+
+    def mean_under(self, condition: Tensor | None) -> Tensor:
+        """The turned mean of each row, (B, C, H, H)."""
+        turned = torch.stack([torch.rot90(self.mean, k, (-2, -1)) for k in range(4)])
+        means = torch.cat([turned, turned.mean(0, keepdim=True)])
+        return means[4] if condition is None else means[condition.cpu()]
 
 
 def small_images(n: int, size: tuple[int, int] = (8, 8), channels: int = 1, seed: int = 0) -> Tensor:
@@ -136,17 +163,22 @@ def check_denoiser(name: str, **fields: Any) -> None:
 
 
 def check_scorer(name: str, **fields: Any) -> None:
-    """Evidence and maps of the right shape, rows that stand alone, an honest NFE, and a planted defect found."""
+    """Evidence and maps of the right shape, rows that stand alone, gradients, an honest NFE, and a defect found.
+
+    A scorer whose ``check`` refuses an unconditional denoiser gets one that is told of quarter turns.
+    """
     what = f"scorer {name!r}"
     scorer: Scorer = _build("scorers", name, fields)
+    conditional = _needs_condition(scorer)
     for prediction_type in ("epsilon", "sample", "v_prediction"):
-        oracle = _oracle((1, 8, 8), prediction_type)
+        oracle = _oracle((1, 8, 8), prediction_type, conditional=conditional)
         with _untouched_generators(what):
             _check_finds_defect(what, scorer, oracle)
-    for shape in ((1, 8, 8), (3, 8, 16)):
-        oracle = _oracle(shape, "epsilon")
+    for shape in ((1, 8, 8), (3, 16, 16) if conditional else (3, 8, 16)):
+        oracle = _oracle(shape, "epsilon", conditional=conditional)
         _check_evidence(what, scorer, oracle, shape)
         _check_scorer_rows(what, scorer, oracle, shape)
+        _check_gradients(what, scorer, oracle, shape)
 
 
 def check_baseline(name: str, **fields: Any) -> None:
@@ -225,6 +257,66 @@ def check_dataset(name: str, **fields: Any) -> None:
     _check_files(what, dataset, again, entries)
 
 
+def check_perturbation(name: str, **fields: Any) -> None:
+    """Images of the same shape that depend on image and id alone, and change more as it grows severe; honest masks."""
+    what = f"perturbation {name!r}"
+    for channels, size in ((1, (8, 8)), (3, (48, 24)), (1, (7, 33))):
+        images = to_uint8(small_images(12, size, channels, seed=1))
+        ids = [f"image-{i}" for i in range(len(images))]
+        changes = []
+        for severity in (1, 2, 3, 4, 5):
+            changed = _check_perturbed(what, name, fields, images, ids, severity)
+            changes.append(float(np.abs(changed.images.astype(float) - images).mean()))
+        _require(
+            changes[4] > changes[0] > 0,
+            f"{what}: changes images of {size} by {changes[0]:.3g} at severity 1 and by {changes[4]:.3g} at 5",
+        )
+        for severity in (0, 6):
+            try:
+                _build("perturbations", name, fields).apply(images, severity=severity, ids=ids)
+            except ConfigError:
+                continue
+            _require(False, f"{what}: takes severity {severity}")
+
+
+def _check_perturbed(
+    what: str, name: str, fields: dict[str, Any], images: Any, ids: Sequence[str], severity: int
+) -> Perturbed:
+    perturbation: Perturbation = _build("perturbations", name, fields)
+
+    def apply(rows: Sequence[int], by: Perturbation = perturbation) -> Perturbed:
+        return by.apply(images[list(rows)], severity=severity, ids=[ids[row] for row in rows])
+
+    count, before = len(images), images.copy()
+    with _untouched_generators(what):
+        whole = apply(range(count))
+    _require(np.array_equal(images, before), f"{what}: writes into the images it is given")
+    same = whole.images.shape == images.shape and whole.images.dtype == np.uint8
+    _require(same, f"{what}: turns uint8 {images.shape} into {whole.images.dtype} {whole.images.shape}")
+    again = _build("perturbations", name, fields)
+    for order in (range(count), range(count - 1, -1, -1), [count // 2], range(0, count, 3)):
+        part = apply(order, again)
+        _require(np.array_equal(part.images, whole.images[list(order)]), f"{what}: depends on order or batch-mates")
+        if whole.masks is not None and part.masks is not None:
+            _require(np.array_equal(part.masks, whole.masks[list(order)]), f"{what}: its masks depend on batch-mates")
+    others = perturbation.apply(images, severity=severity, ids=[f"other-{image_id}" for image_id in ids])
+    if "seed" in registry.component("perturbations", name).Options.model_fields:
+        _require(not np.array_equal(others.images, whole.images), f"{what}: draws the same for every id")
+    else:
+        _require(np.array_equal(others.images, whole.images), f"{what}: has no seed, and depends on the id")
+    changed = (whole.images != images).any(-1)
+    if perturbation.kind == "corruption":
+        _require(whole.masks is None, f"{what}: is a corruption and gives masks")
+        return whole
+    masks = whole.masks
+    if masks is None or masks.dtype != np.bool_ or masks.shape != images.shape[:3]:
+        raise AssertionError(f"{what}: makes anomalies, and its masks are not bool (B, H, W)")
+    _require(bool(masks.any((1, 2)).all()), f"{what}: marks no pixel of an image")
+    _require(bool((changed & masks).any((1, 2)).all()), f"{what}: leaves an image as it is")
+    _require(not (changed & ~masks).any(), f"{what}: changes pixels that it does not mark")
+    return whole
+
+
 def _check_forward(what: str, denoiser: nn.Module, x_t: Tensor) -> None:
     t = torch.arange(len(x_t)) * 7
     output = denoiser(x_t, t, None)
@@ -276,7 +368,7 @@ def _check_finds_defect(what: str, scorer: Scorer, oracle: OracleDenoiser) -> No
     statistics = scorer.fit(scorer.measure(model, oracle.sample((64, *shape), seed=1)))
     _require(all(isinstance(v, Tensor) for v in statistics.values()), f"{what}: its statistics are not tensors")
     clean = oracle.sample((16, *shape), seed=2)
-    defective, _ = planted_defect(clean)
+    defective = planted_defect(clean)[0] if oracle.num_classes is None else _half_upside_down(clean)
     low, high = (scorer.judge(scorer.measure(model, x), statistics, (8, 8)).image for x in (clean, defective))
     lost = int((high <= low).sum())
     _require(
@@ -287,7 +379,7 @@ def _check_finds_defect(what: str, scorer: Scorer, oracle: OracleDenoiser) -> No
 
 def _check_evidence(what: str, scorer: Scorer, oracle: OracleDenoiser, shape: tuple[int, int, int]) -> None:
     counter = _Counter(oracle)
-    model = Diffusion(counter, oracle.schedule, oracle.prediction_type)
+    model = Diffusion(counter, oracle.schedule, oracle.prediction_type, num_classes=oracle.num_classes)
     x = oracle.sample((model.chunk_size, *shape), seed=3)
     evidence = scorer.measure(model, x)
     _require(
@@ -322,6 +414,35 @@ def _check_scorer_rows(what: str, scorer: Scorer, oracle: OracleDenoiser, shape:
     )
     other_seed = scorer.fit(scorer.measure(oracle.model(seed=1), x))
     _require(other_seed.keys() == statistics.keys(), f"{what}: the names of its statistics depend on the data")
+
+
+def _check_gradients(what: str, scorer: Scorer, oracle: OracleDenoiser, shape: tuple[int, int, int]) -> None:
+    """Scores can be attacked: gradients reach the images, through a surrogate that is the score up to rounding."""
+    statistics = scorer.fit(scorer.measure(oracle.model(), oracle.sample((40, *shape), seed=6)))
+    x = oracle.sample((5, *shape), seed=7).clamp(-1, 1).requires_grad_()
+    evidence = scorer.measure(oracle.model(differentiable=True), x)
+    surrogate = scorer.surrogate(evidence, statistics)
+    expected = scorer.judge(evidence, statistics, shape[1:]).image
+    far = float(((surrogate.detach() - expected).abs() / (expected.abs() + 1e-3)).max())
+    _require(far < 1e-4, f"{what}: its surrogate is {far:.1g} away from its score")
+    surrogate.sum().backward()  # type: ignore[no-untyped-call]
+    _require(x.grad is not None and bool(x.grad.isfinite().all()), f"{what}: no finite gradient reaches the image")
+    reached = torch.as_tensor(x.grad).flatten(1).any(1)
+    _require(bool(reached.all()), f"{what}: the gradient is zero for {int((~reached).sum())} of {len(x)} images")
+
+
+def _needs_condition(scorer: Scorer) -> bool:
+    try:
+        scorer.check(None)
+    except ConfigError:
+        return True
+    return False
+
+
+def _half_upside_down(images: Tensor) -> Tensor:
+    """The left half is that of the image turned by two quarters: right for no condition."""
+    half = images.shape[-1] // 2
+    return torch.cat([torch.rot90(images, 2, (-2, -1))[..., :half], images[..., half:]], -1)
 
 
 def _check_baseline_state(
@@ -434,10 +555,13 @@ def _noisy(n: int, channels: int, size: tuple[int, int]) -> Tensor:
     return torch.randn(n, channels, *size, generator=torch.Generator().manual_seed(n))
 
 
-def _oracle(shape: tuple[int, int, int], prediction_type: PredictionType) -> OracleDenoiser:
+def _oracle(
+    shape: tuple[int, int, int], prediction_type: PredictionType, *, conditional: bool = False
+) -> OracleDenoiser:
     """For images like faint digits with pixel noise: a mean within [-0.5, 0.5] and a deviation of 0.2."""
     mean = small_images(1, (shape[1], shape[2]), shape[0])[0] * 0.5  # (C, H, W)
-    return OracleDenoiser(make_schedule("squaredcos_cap_v2", 50), mean=mean, std=0.2, prediction_type=prediction_type)
+    kind = TurnedOracle if conditional else OracleDenoiser
+    return kind(make_schedule("squaredcos_cap_v2", 50), mean=mean, std=0.2, prediction_type=prediction_type)
 
 
 def _tensors(scores: Any) -> list[Tensor]:

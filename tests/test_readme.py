@@ -68,7 +68,7 @@ def test_the_component_in_the_guide_conforms(tmp_path: Path) -> None:
 
 def test_the_readme_lists_every_component() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for kind in ("datasets", "denoisers", "scorers", "baselines"):
+    for kind in ("datasets", "denoisers", "scorers", "baselines", "perturbations"):
         (row,) = [line for line in text.splitlines() if line.endswith(f"`raydiff/{kind}/` |")]
         assert sorted(re.findall(r"`(\w+)`", row)) == sorted(registry.names(kind)), kind  # type: ignore[arg-type]
 
