@@ -8,11 +8,11 @@ attacks that need its gradient; it is never what is reported.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
@@ -54,12 +54,6 @@ class JudgeOptions(Options):
         "mean_and_top", description="the density's statistics of each map: its mean, or also that of its highest share"
     )
     density_components: int = Field(3, ge=1, description="of the Gaussian mixture")
-
-    @model_validator(mode="after")
-    def _check_sides(self) -> Self:
-        if self.sided == "both" and self.normalise == "none":
-            raise ValueError("sided is both and normalise none; only z-scores have two sides: set normalise to pixel")
-        return self
 
 
 class Judge:
@@ -155,10 +149,9 @@ class Judge:
         if not statistics and (self.judging.normalise, self.judging.density) != ("none", "none"):
             raise NotCalibratedError("the scorer has no statistics of normal images yet; call calibrate() first")
         values = evidence.double()
-        if "mean" not in statistics:
-            return values
-        mean, deviation = (statistics[name].double().to(values.device) for name in ("mean", "deviation"))
-        values = (values - mean) / deviation
+        if "mean" in statistics:
+            mean, deviation = (statistics[name].double().to(values.device) for name in ("mean", "deviation"))
+            values = (values - mean) / deviation
         return values.abs() if self.judging.sided == "both" else values
 
     def vectors(self, evidence: np.ndarray) -> np.ndarray:
@@ -173,7 +166,8 @@ class Judge:
             share = self.judging.pooling_share
             top = np.stack([pool(flat[:, k], "top_k", share) for k in range(flat.shape[1])], 1)
             values = np.concatenate([values, top], 1)
-        return np.log(values + 1e-12) if self.positive else values
+        result: np.ndarray = np.log(values + 1e-12) if self.positive else values
+        return result
 
     def _differentiable_vectors(self, evidence: Tensor) -> Tensor:
         flat = evidence.flatten(2)  # (B, K, H W)
@@ -218,7 +212,7 @@ def _differentiable_pool(flat: Tensor, how: Pooling, share: float) -> Tensor:
 
 
 def _blurred(maps: Tensor, sigma: float) -> Tensor:
-    """scipy's ``gaussian_filter(mode="nearest")`` of each map in torch, (B, H, W)."""
+    """The same as scipy's ``gaussian_filter(mode="nearest")`` of each map in torch, (B, H, W)."""
     radius = int(4 * sigma + 0.5)
     offsets = torch.arange(-radius, radius + 1, dtype=maps.dtype, device=maps.device)
     kernel = (-0.5 * (offsets / sigma).square()).exp()

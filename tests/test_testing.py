@@ -219,6 +219,9 @@ def test_a_broken_baseline_is_caught(plant, broken, message):
 class NoisePerImage:
     """The old habit: another draw for every image of the batch, from a generator seeded by the call."""
 
+    def check(self, num_conditions):
+        pass
+
     def num_evaluations(self, model):
         return 1
 

@@ -16,7 +16,17 @@ from torch import Tensor
 from raydiff.core.schedule import NoiseSchedule, PredictionType
 from raydiff.errors import ShapeError
 
-__all__ = ["LossWeighting", "VariationalBound", "diffusion_loss", "gaussian_kl", "loss_weights", "variational_bound"]
+__all__ = [
+    "LossWeighting",
+    "VariationalBound",
+    "decoder_nats",
+    "diffusion_loss",
+    "gaussian_kl",
+    "loss_weights",
+    "prior_nats",
+    "step_nats",
+    "variational_bound",
+]
 
 LossWeighting = Literal["uniform", "min_snr"]
 
@@ -73,6 +83,29 @@ def gaussian_kl(mean1: Tensor, variance1: Tensor, mean2: Tensor, variance2: Tens
     return 0.5 * (variance1 / variance2 - 1 + (mean1 - mean2).square() / variance2 + variance2.log() - variance1.log())
 
 
+def prior_nats(schedule: NoiseSchedule, x0: Tensor, t: int) -> Tensor:
+    """KL of q(x_t | x_0) from a standard normal per element, (B, C, H, W), in nats."""
+    abar = schedule.alphas_cumprod[t].to(x0)
+    return gaussian_kl(abar.sqrt() * x0, 1 - abar, torch.zeros_like(abar), torch.ones_like(abar))
+
+
+def step_nats(schedule: NoiseSchedule, x0: Tensor, guess: Tensor, t: Tensor, t_prev: Tensor) -> Tensor:
+    """KL of the true reverse step t -> t_prev from the model's per element, (B, C, H, W), in nats.
+
+    Both have the posterior's variance, so only the means count: (SNR(t_prev) - SNR(t)) / 2 (x_0 - guess)^2
+    (Kingma et al. 2021, arXiv:2107.00630, eq. 13).
+
+    Args:
+        schedule: the noise schedule.
+        x0: (B, C, H, W).
+        guess: the x_0 that the model expects from x_t, (B, C, H, W).
+        t: (B,).
+        t_prev: (B,), below ``t`` and at least 0.
+    """
+    difference = (schedule.snr(t_prev) - schedule.snr(t)).to(x0)
+    return 0.5 * difference.reshape(-1, 1, 1, 1) * (x0 - guess).square()
+
+
 def variational_bound(
     predict_x0: Callable[[Tensor, Tensor], Tensor],
     schedule: NoiseSchedule,
@@ -103,39 +136,33 @@ def variational_bound(
     if len(noise) != num_steps:
         raise ShapeError(f"noise holds {len(noise)} draws; the schedule has {num_steps} steps")
     x0 = x0.double()
-    abar = schedule.alphas_cumprod.to(x0.device)
     to_bits = 1 / (x0[0].numel() * math.log(2))
 
     def total(nats: Tensor) -> Tensor:
         return nats.flatten(1).sum(1) * to_bits  # (B,)
 
-    def posterior(x_start: Tensor, x_t: Tensor, t: int) -> Tensor:
-        """Mean of q(x_{t-1} | x_t, x_0), Ho et al. 2020, eq. 7."""
-        beta = 1 - abar[t] / abar[t - 1]
-        signal = abar[t - 1].sqrt() * beta / (1 - abar[t])
-        return signal * x_start + (1 - beta).sqrt() * (1 - abar[t - 1]) / (1 - abar[t]) * x_t
-
-    def expected(t: int) -> tuple[Tensor, Tensor]:
+    def term(t: int) -> Tensor:
         steps_t = torch.full((len(x0),), t, dtype=torch.int64)
         x_t = schedule.add_noise(x0, steps_t, noise[t].double())
-        return predict_x0(x_t.float(), steps_t).double(), x_t
+        guess = predict_x0(x_t.float(), steps_t).double()
+        if t == 0:
+            return total(decoder_nats(schedule, x0, guess, bin_width))
+        return total(step_nats(schedule, x0, guess, steps_t, steps_t - 1))
 
-    one = torch.ones((), dtype=torch.float64, device=x0.device)
-    prior = total(gaussian_kl(abar[-1].sqrt() * x0, 1 - abar[-1], 0 * one, one))
-    terms = []
-    for t in range(1, num_steps) if steps is None else steps:
-        guess, x_t = expected(t)
-        variance = (1 - abar[t - 1]) / (1 - abar[t]) * (1 - abar[t] / abar[t - 1])
-        terms.append(total(gaussian_kl(posterior(x0, x_t, t), variance, posterior(guess, x_t, t), variance)))
+    prior = total(prior_nats(schedule, x0, num_steps - 1))
+    terms = [term(t) for t in (range(1, num_steps) if steps is None else steps)]
     kl = torch.stack(terms, 1) if terms else x0.new_zeros(len(x0), 0)  # (B, S)
-    guess, _ = expected(0)
-    decoder = total(_decoder_nats(x0, guess, 1 - abar[0], bin_width))
+    decoder = term(0)
     all_kl = kl.mean(1) * (num_steps - 1) if terms else prior * 0
     return VariationalBound(prior.float(), kl.float(), decoder.float(), (prior + all_kl + decoder).float())
 
 
-def _decoder_nats(x0: Tensor, mean: Tensor, variance: Tensor, bin_width: float | None) -> Tensor:
-    """-log p(x_0 | x at step 0) per element: a Gaussian, or its mass on the bin (Ho et al. 2020, eq. 13)."""
+def decoder_nats(schedule: NoiseSchedule, x0: Tensor, mean: Tensor, bin_width: float | None) -> Tensor:
+    """-log p(x_0 | x at step 0) per element, (B, C, H, W), in nats; ``mean`` is the x_0 expected at step 0.
+
+    A Gaussian of variance 1 - abar_0, or its mass on the grey level's bin (Ho et al. 2020, eq. 13).
+    """
+    variance = (1 - schedule.alphas_cumprod[0]).to(x0)
     if bin_width is None:
         return 0.5 * ((x0 - mean).square() / variance + variance.log() + math.log(2 * math.pi))
     sigma, half = variance.sqrt(), bin_width / 2

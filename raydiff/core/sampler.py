@@ -7,6 +7,7 @@ image itself, and need not be ``t - 1``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +15,28 @@ from torch import Tensor
 from raydiff.core.schedule import NoiseSchedule, PredictionType, predict_epsilon, predict_x0
 from raydiff.errors import ShapeError
 
-__all__ = ["Predict", "ddim_invert", "ddim_sample", "ddim_step", "ddpm_step", "reconstruct"]
+__all__ = [
+    "Inversion",
+    "Predict",
+    "ddim_invert",
+    "ddim_sample",
+    "ddim_step",
+    "ddpm_step",
+    "reconstruct",
+    "steered_sample",
+]
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """A denoiser with its condition bound: ``(x_t (B, C, H, W), t (B,)) -> raw output (B, C, H, W)``."""
+
+
+class Inversion(NamedTuple):
+    """The way of an image up to noise, in the order visited: one (B, C, H, W) of each per step."""
+
+    path: list[Tensor]
+    """x at each step; the last is the latent."""
+    epsilons: list[Tensor]
+    """The noise that was read to get there; the first is read from the image itself."""
 
 
 def ddpm_step(
@@ -88,7 +107,7 @@ def ddim_sample(
 
 def ddim_invert(
     predict: Predict, schedule: NoiseSchedule, x0: Tensor, timesteps: Sequence[int], prediction_type: PredictionType
-) -> list[Tensor]:
+) -> Inversion:
     """The path from an image up to noise that DDIM sampling would come down (Song et al. 2021, eq. 13).
 
     Args:
@@ -99,15 +118,16 @@ def ddim_invert(
         prediction_type: what the denoiser predicts.
 
     Returns:
-        One (B, C, H, W) per step, in the order visited: the last is x at ``timesteps[0]``. Each costs one evaluation;
-        the first step, out of the image, evaluates the denoiser at the lowest step, as DDIM inversion does.
+        Path and noises; the path ends at ``timesteps[0]``. Each step costs one evaluation; the first, out of the
+        image, evaluates the denoiser at the lowest step, as DDIM inversion does.
     """
-    path, x_t = [], x0
+    path, epsilons, x_t = [], [], x0
     ascending = list(reversed(timesteps))
     for previous, t in zip([-1, *ascending[:-1]], ascending, strict=True):
-        x_t = _invert_at(predict, schedule, x_t, previous, t, prediction_type)
+        x_t, epsilon = _invert_at(predict, schedule, x_t, previous, t, prediction_type)
         path.append(x_t)
-    return path
+        epsilons.append(epsilon)
+    return Inversion(path, epsilons)
 
 
 def reconstruct(
@@ -128,6 +148,30 @@ def reconstruct(
     return ddim_sample(predict, schedule, start, timesteps, prediction_type)
 
 
+def steered_sample(
+    predict: Predict,
+    schedule: NoiseSchedule,
+    x_t: Tensor,
+    target: Tensor,
+    timesteps: Sequence[int],
+    prediction_type: PredictionType,
+    weight: float,
+) -> Tensor:
+    """DDIM from ``x_t`` down to an image, drawn towards ``target`` on the way, (B, C, H, W).
+
+    At each step the target is noised with the very noise the denoiser sees, y_t = sqrt(abar_t) y + sqrt(1 - abar_t)
+    eps, and eps becomes eps - weight sqrt(1 - abar_t) (y_t - x_t) (Mousakhan et al. 2023, arXiv:2305.15956, eq. 7 to 9,
+    without their random part). Weight 0 is :func:`ddim_sample`. Arguments as there.
+    """
+    for t, t_prev in zip(timesteps, [*timesteps[1:], -1], strict=True):
+        now = torch.full((len(x_t),), t, dtype=torch.int64)
+        epsilon = predict_epsilon(schedule, predict(x_t, now), x_t, now, prediction_type)
+        pull = schedule.add_noise(target, now, epsilon) - x_t
+        steered = epsilon - weight * (1 - schedule.alpha_bar(now, x_t)).sqrt() * pull
+        x_t = ddim_step(schedule, steered, x_t, now, torch.full_like(now, t_prev), "epsilon")
+    return x_t
+
+
 def _ddim_at(
     predict: Predict, schedule: NoiseSchedule, x: Tensor, t: int, t_prev: int, prediction_type: PredictionType
 ) -> Tensor:
@@ -138,9 +182,9 @@ def _ddim_at(
 
 def _invert_at(
     predict: Predict, schedule: NoiseSchedule, x: Tensor, t: int, t_next: int, prediction_type: PredictionType
-) -> Tensor:
-    """One step up. The noise is read at ``t``, or at ``t_next`` for the clean image, which has no noise level."""
+) -> tuple[Tensor, Tensor]:
+    """One step up, and the noise it was made with: read at ``t``, or for the clean image at ``t_next``."""
     read_at = torch.full((len(x),), t_next if t < 0 else t, dtype=torch.int64)
     now, following = torch.full_like(read_at, t), torch.full_like(read_at, t_next)
     epsilon = predict_epsilon(schedule, predict(x, read_at), x, read_at, prediction_type)
-    return ddim_step(schedule, epsilon, x, now, following, "epsilon")
+    return ddim_step(schedule, epsilon, x, now, following, "epsilon"), epsilon

@@ -9,38 +9,29 @@ and two-sided densities answer the reversals that Mahmood et al. 2021 (arXiv:201
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from raydiff.core.diffusion import Diffusion
 from raydiff.core.sampler import ddim_sample
 from raydiff.core.schedule import NoiseSchedule
-from raydiff.errors import ConfigError
-from raydiff.judgement import Judge, JudgeOptions
+from raydiff.judgement import Judge
+from raydiff.scorers._steps import StepOptions, at_steps, evenly_spaced
 
 __all__ = ["DenoisingError", "Options", "build"]
 
 
-class Options(JudgeOptions):
+class Options(StepOptions):
     """Which steps are looked at, and how often."""
 
     name: Literal["denoising_error"] = "denoising_error"
-    num_inference_steps: int = Field(8, ge=1, description="K, steps evaluated per image and repeat")
-    start: float = Field(0.1, ge=0, lt=1, description="lowest step, as a share of T")
-    stop: float = Field(0.6, gt=0, le=1, description="highest step, as a share of T")
     num_repeats: int = Field(1, ge=1, description="noise draws per step, averaged")
     classes: Literal["unlabelled", "minimum"] = Field(
         "unlabelled", description="conditional denoisers: score without a label, or by the class that fits best"
     )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.start >= self.stop:
-            raise ValueError(f"start is {self.start}; it must lie below stop ({self.stop})")
-        return self
 
 
 class DenoisingError(Judge):
@@ -52,15 +43,7 @@ class DenoisingError(Judge):
 
     def timesteps(self, schedule: NoiseSchedule) -> list[int]:
         """The K steps, ascending and evenly spaced between ``start`` and ``stop``."""
-        last = len(schedule) - 1
-        steps = torch.linspace(self.options.start, self.options.stop, self.options.num_inference_steps) * last
-        chosen = [int(t) for t in steps.round()]
-        if len(set(chosen)) < len(chosen):
-            raise ConfigError(
-                f"scoring.num_inference_steps is {len(chosen)}; between scoring.start and scoring.stop a schedule of"
-                f" {len(schedule)} steps has only {chosen[-1] - chosen[0] + 1}"
-            )
-        return chosen
+        return evenly_spaced(schedule, self.options)
 
     def num_evaluations(self, model: Diffusion) -> int:
         """K x repeats, times the classes when each is tried."""
@@ -92,14 +75,10 @@ class DenoisingError(Judge):
 
     def _errors(self, model: Diffusion, x: Tensor, steps: list[int], repeat: int, condition: int | None) -> Tensor:
         """(B, K, H, W) for one noise draw per step."""
-        batch, count = len(x), len(steps)
-        noise = torch.stack([model.noise(tuple(x.shape[1:]), t, repeat) for t in steps]).to(x)  # (K, C, H, W)
-        repeated = x.repeat_interleave(count, 0)  # (B K, C, H, W)
-        t = torch.tensor(steps).repeat(batch)  # (B K,)
-        x_t = model.schedule.add_noise(repeated, t, noise.repeat(batch, 1, 1, 1))
+        x_t, t, repeated = at_steps(model, x, steps, repeat)
         labels = None if condition is None else torch.full_like(t, condition)
         difference = model.predict_x0(x_t, t, labels) - repeated
-        return difference.square().mean(1).cpu().reshape(batch, count, *x.shape[2:])
+        return difference.square().mean(1).cpu().reshape(len(x), len(steps), *x.shape[2:])
 
 
 def build(options: Options) -> DenoisingError:

@@ -83,7 +83,7 @@ def test_inversion_is_diffusers_inverse_scheduler_fed_with_the_same_predictions(
     model = OracleDenoiser(ours(), mean=0.2, std=0.5).model()
     ascending = theirs.timesteps.tolist()  # 0, 10, ..., 90
     x = OracleDenoiser(ours(), mean=0.2, std=0.5).sample(SHAPE)
-    path = ddim_invert(model.predict, ours(), x, ascending[::-1], "epsilon")
+    path = ddim_invert(model.predict, ours(), x, ascending[::-1], "epsilon").path
     assert len(path) == 10
     for t, ours_next in zip(ascending, path, strict=True):
         x = theirs.step(model.predict(x, at(max(t - 10, 0))), t, x).prev_sample
@@ -166,7 +166,7 @@ def test_inversion_then_sampling_comes_back(prediction_type):
     errors = []
     for count in (20, 100, 380):
         steps = schedule.timesteps(379, count)
-        latent = ddim_invert(model.predict, schedule, x0, steps, prediction_type)[-1]
+        latent = ddim_invert(model.predict, schedule, x0, steps, prediction_type).path[-1]
         back = ddim_sample(model.predict, schedule, latent, steps, prediction_type)
         errors.append(float((back - x0).abs().max()))
     assert errors[0] > errors[1] > errors[2]
@@ -177,7 +177,7 @@ def test_inversion_of_gaussian_data_is_standard_normal():
     """Per pixel (x - sqrt(abar) mean) / sqrt(abar s^2 + 1 - abar) of the latent equals (x_0 - mean) / s."""
     schedule, oracle, model = gaussian()
     x0 = oracle.sample((4, 1, 8, 8))
-    path = ddim_invert(model.predict, schedule, x0, schedule.timesteps(379, 380), "epsilon")
+    path = ddim_invert(model.predict, schedule, x0, schedule.timesteps(379, 380), "epsilon").path
     for t, x_t in ((50, path[50]), (379, path[379])):
         abar = float(schedule.alphas_cumprod[t])
         z = (x_t - abar**0.5 * MEAN) / (abar * STD**2 + 1 - abar) ** 0.5

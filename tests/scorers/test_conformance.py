@@ -14,6 +14,35 @@ VARIANTS = {
         {"density": "gaussian_mixture"},
         {"density": "kde"},
         {"pooling": "mean", "classes": "minimum"},
+        {"sided": "both", "density": "gaussian_mixture", "density_on": "mean"},
+    ],
+    "conditioned": [{"start": "clean", "error": "absolute", "weight": 0.3}, {"num_inference_steps": 1, "weight": 0}],
+    "contrast": [
+        {"rotations": 4, "normalise": "pixel"},
+        {"pairing": "log_ratio", "rotations": 4},
+        {"pairing": "softmax", "temperature": 0.5},
+        {"condition": "class"},
+        {"condition": "class", "pairing": "log_ratio", "density": "kde", "num_inference_steps": 2},
+    ],
+    "curvature": [
+        {"maps": False},
+        {"maps": False, "density": "none", "num_inference_steps": 1},
+        {"start_from": "noised", "density": "none"},
+    ],
+    "inversion": [
+        {"statistic": "latent", "density": "none"},
+        {"statistic": "path", "density": "gaussian_mixture", "num_inference_steps": 2},
+        {"statistic": "both", "density": "none", "num_inference_steps": 1},
+    ],
+    "likelihood": [
+        {"density": "gaussian_mixture", "num_inference_steps": 3},
+        {"normalise": "pixel", "sided": "both", "blur": 1, "pooling": "top_k"},
+        {"decoder": "continuous", "density": "mahalanobis"},
+    ],
+    "score_norms": [
+        {"start_from": "noised"},
+        {"density": "none", "sided": "both"},
+        {"density_on": "mean_and_top", "density": "mahalanobis"},
     ],
     "reconstruction": [
         {"num_inference_steps": 1, "num_repeats": 2},
