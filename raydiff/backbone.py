@@ -261,7 +261,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(path)
+            tensors: dict[str, Tensor] = load_file(path)
+            return tensors
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a weights file in weights") from error
@@ -271,7 +272,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ConfigError(f"{path}: does not hold a table of tensors; give a model's saved state_dict")
-    return dict(content)
+    return {str(key): value for key, value in content.items()}
 
 
 def _named_like(

@@ -14,19 +14,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from raydiff.baselines._pixels import PixelBaseline, PixelOptions, Rows
+from raydiff.baselines._rows import RowBaseline, RowOptions, Rows
 
 __all__ = ["Copod", "Options", "build"]
 
 
-class Options(PixelOptions):
+class Options(RowOptions):
     """Li et al. 2020 (arXiv:2009.09463); the method has no parameters."""
 
     name: Literal["copod"] = "copod"
 
 
-class Copod(PixelBaseline):
-    """COPOD on pixels, each image pooled with the training images alone; nothing in it is random."""
+class Copod(RowBaseline):
+    """COPOD on rows, each image pooled with the training images alone; nothing in it is random."""
 
     def _learn(self, rows: Rows) -> None:
         self._columns = torch.from_numpy(rows.T.copy()).sort(dim=1).values  # (D, n), each pixel's training values

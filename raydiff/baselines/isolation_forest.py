@@ -1,4 +1,4 @@
-"""``isolation_forest``: how few random cuts separate an image's pixels from the training images'."""
+"""``isolation_forest``: how few random cuts separate an image from the training images'."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from raydiff.baselines._pixels import PixelBaseline, PixelOptions, Rows
+from raydiff.baselines._rows import RowBaseline, RowOptions, Rows
 
 __all__ = ["IsolationForest", "Options", "build"]
 
 
-class Options(PixelOptions):
+class Options(RowOptions):
     """Liu, Ting and Zhou 2008 (doi:10.1109/ICDM.2008.17), through PyOD; the defaults are PyOD's."""
 
     name: Literal["isolation_forest"] = "isolation_forest"
@@ -22,8 +22,8 @@ class Options(PixelOptions):
     max_features: float = Field(1.0, gt=0, le=1, description="share of the pixels a tree may cut on")
 
 
-class IsolationForest(PixelBaseline):
-    """PyOD's ``IForest`` on pixels, grown from ``seed``."""
+class IsolationForest(RowBaseline):
+    """PyOD's ``IForest`` on rows, grown from ``seed``."""
 
     def __init__(self, options: Options, *, seed: int) -> None:
         super().__init__(options, seed=seed)

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from raydiff.baselines._pixels import PixelBaseline, PixelOptions, Rows
+from raydiff.baselines._rows import RowBaseline, RowOptions, Rows
 
 __all__ = ["OneClassSVM", "Options", "build"]
 
 
-class Options(PixelOptions):
+class Options(RowOptions):
     """Schölkopf et al. 2001 (doi:10.1162/089976601750264965), through PyOD, Gaussian kernel.
 
     PyOD's defaults are ``nu`` 0.5 and ``gamma`` auto, on whatever it is given. Here ``gamma`` is scale, which makes the
@@ -33,8 +33,8 @@ class Options(PixelOptions):
     )
 
 
-class OneClassSVM(PixelBaseline):
-    """PyOD's ``OCSVM`` on pixels; nothing in it is random.
+class OneClassSVM(RowBaseline):
+    """PyOD's ``OCSVM`` on rows; nothing in it is random.
 
     Its state is the support vectors and their coefficients: fitting again would take most of a minute on CIFAR-10. They
     are evaluated here, without a matrix product, whose rounding may follow the batch size or the number of threads.
@@ -46,16 +46,14 @@ class OneClassSVM(PixelBaseline):
 
     def state(self) -> dict[str, Tensor]:
         """``support`` float32 (M, D), training rows; ``coefficients`` (M,), ``shift`` and ``scale`` (D,), ``constants``
-        (gamma, intercept), float64; ``image_shape`` int64 (3,).
+        (gamma, intercept), float64; how images become rows.
         """
-        self._check_fitted()
-        return {
+        return self._rows_state() | {
             "support": torch.from_numpy(self._support).float(),
             "coefficients": torch.from_numpy(self._coefficients),
-            "shift": torch.from_numpy(self._shift),
-            "scale": torch.from_numpy(self._scale),
+            "shift": torch.from_numpy(self._centre),
+            "scale": torch.from_numpy(self._width),
             "constants": torch.tensor([self._gamma, self._intercept], dtype=torch.float64),
-            "image_shape": torch.tensor(self._image_shape),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -64,10 +62,10 @@ class OneClassSVM(PixelBaseline):
         Raises:
             ArtifactError: a part is missing.
         """
-        self._check_parts(state, {"support", "coefficients", "shift", "scale", "constants", "image_shape"})
-        self._image_shape = tuple(state["image_shape"].tolist())
+        self._check_parts(state, {"support", "coefficients", "shift", "scale", "constants"})
+        self._load_rows_state(state)
         self._support = state["support"].double().numpy()
-        self._coefficients, self._shift, self._scale = (
+        self._coefficients, self._centre, self._width = (
             state[name].numpy() for name in ("coefficients", "shift", "scale")
         )
         self._gamma, self._intercept = state["constants"].tolist()
@@ -77,10 +75,10 @@ class OneClassSVM(PixelBaseline):
 
         deviation = rows.std(axis=0)
         if self.options.standardize:
-            self._shift, self._scale = rows.mean(axis=0), np.where(deviation > 0, deviation, 1.0)  # (D,)
+            self._centre, self._width = rows.mean(axis=0), np.where(deviation > 0, deviation, 1.0)  # (D,)
         else:
-            self._shift, self._scale = np.zeros_like(deviation), np.ones_like(deviation)
-        z = (rows - self._shift) / self._scale
+            self._centre, self._width = np.zeros_like(deviation), np.ones_like(deviation)
+        z = (rows - self._centre) / self._width
         self._gamma = self._kernel_gamma(z)
         model = OCSVM(nu=self.options.nu, gamma=self._gamma).fit(z)
         self._support = rows[model.support_]  # (M, D)
@@ -88,13 +86,23 @@ class OneClassSVM(PixelBaseline):
         self._intercept = float(model.intercept_[0])
 
     def _score(self, rows: Rows) -> NDArray[np.float64]:
-        support = (self._support - self._shift) / self._scale  # (M, D)
-        return np.array([self._score_one(row, support) for row in (rows - self._shift) / self._scale])
+        support = (self._support - self._centre) / self._width  # (M, D)
+        return np.array([self._score_one(row, support) for row in (rows - self._centre) / self._width])
 
     def _score_one(self, row: NDArray[np.float64], support: Rows) -> float:
         difference = support - row
         kernel = np.exp(-self._gamma * np.einsum("md,md->m", difference, difference))  # (M,)
         return -float((self._coefficients * kernel).sum() + self._intercept)
+
+    def surrogate(self, images: Tensor) -> Tensor:
+        """The score with gradients to ``images`` (B, C, H, W), float64 (B,), for attacks; last bits differ."""
+        to = {"device": images.device, "dtype": torch.float64}
+        support, centre, width, coefficients = (
+            torch.as_tensor(x, **to) for x in (self._support, self._centre, self._width, self._coefficients)
+        )
+        rows, support = (self._rows(images).double() - centre) / width, (support - centre) / width
+        kernel = torch.exp(-self._gamma * torch.cdist(rows, support).square())  # (B, M)
+        return -(kernel @ coefficients + self._intercept)
 
     def _kernel_gamma(self, z: Rows) -> float:
         if not isinstance(self.options.gamma, str):

@@ -1,4 +1,8 @@
-"""What the pixel baselines share: small images as rows of numbers, and a training sample that is kept to refit from.
+"""What the baselines on rows share: images as rows of numbers, and a training sample that is kept to refit from.
+
+A row is a small image's pixels, or the means of a frozen network's feature maps (``features: backbone``), each z-scored
+over the training images: the network's channels differ in scale by orders of magnitude, which would decide for kNN and
+the OCSVM which of them count. Isolation Forest and COPOD do not see a column's scale.
 
 A library model that cannot be written as tensors through a public interface is fitted again by ``load_state``, from the
 training rows in the artefact. They are rounded to float32 before the first fit too, so both fits see the same bits.
@@ -8,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,36 +21,47 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from raydiff.backbone import Backbone, BackboneOptions, pooled
 from raydiff.config import Options
 from raydiff.contracts import Scores
 from raydiff.errors import ArtifactError, DataError, RaydiffError, ShapeError
 
-__all__ = ["PixelBaseline", "PixelOptions", "Rows"]
+__all__ = ["RowBaseline", "RowOptions", "Rows"]
 
 Rows = NDArray[np.float64]
-"""(n, D): one image a row, pixels in [-1, 1]."""
+"""(n, D): one image a row, pixels in [-1, 1] or z-scored features."""
 
 
-class PixelOptions(Options):
-    """How images become rows, for every baseline on pixels."""
+class RowOptions(BackboneOptions, Options):
+    """How images become rows; ``backbone``, ``weights`` and ``levels`` matter with ``features: backbone`` alone."""
 
-    max_side: int = Field(32, ge=1, description="larger images are averaged down until no side is longer (pixels)")
+    features: Literal["pixels", "backbone"] = Field(
+        "pixels", description="a row: the image's pixels, or the mean of each channel of a frozen network's levels"
+    )
+    max_side: int = Field(
+        32, ge=1, description="pixels: larger images are averaged down until no side is longer; the network sees all"
+    )
     max_train_images: int = Field(10_000, ge=2, description="of more training images a random sample is kept")
 
 
-class PixelBaseline(ABC):
-    """A :class:`raydiff.contracts.Baseline` on pixels; a subclass says how rows are learnt and scored.
+class RowBaseline(ABC):
+    """A :class:`raydiff.contracts.Baseline` on rows; a subclass says how rows are learnt and scored.
 
     After ``fit`` or ``load_state``, ``score`` changes nothing and may be called from several threads.
     """
 
-    pretrained: str | None = None
-
-    def __init__(self, options: PixelOptions, *, seed: int) -> None:
+    def __init__(self, options: RowOptions, *, seed: int) -> None:
         self.seed = seed
         self._options = options
         self._sample = torch.empty(0)
         self._image_shape: tuple[int, ...] = ()
+        self._backbone = Backbone(options) if options.features == "backbone" else None
+        self._shift, self._scale = torch.zeros(()), torch.ones(())
+
+    @property
+    def pretrained(self) -> str | None:
+        """The backbone's name; None on pixels."""
+        return None if self._backbone is None else self._backbone.name
 
     def fit(self, images: Tensor) -> None:
         """Learn from normal images (n, C, H, W) in [-1, 1].
@@ -54,6 +69,7 @@ class PixelBaseline(ABC):
         Raises:
             ShapeError: ``images`` is not (n, C, H, W).
             DataError: there are fewer images than the method needs.
+            ConfigError: the backbone's weights are missing.
         """
         if images.ndim != 4:
             raise ShapeError(f"images are {tuple(images.shape)}; they must be (n, C, H, W)")
@@ -64,7 +80,11 @@ class PixelBaseline(ABC):
         generator = torch.Generator().manual_seed(self.seed)
         kept = torch.randperm(len(images), generator=generator)[: self._options.max_train_images].sort().values
         self._image_shape = tuple(images.shape[1:])
-        self._sample = self._flatten(images[kept])
+        if self._backbone is not None:
+            rows = self._backbone.load()(images[kept], pooled)
+            deviation = rows.std(0, correction=0)
+            self._shift, self._scale = rows.mean(0), torch.where(deviation > 0, deviation, 1.0)
+        self._sample = self._rows(images[kept]).cpu()
         self._learn(self._sample.double().numpy())
 
     def score(self, images: Tensor) -> Scores:
@@ -80,12 +100,11 @@ class PixelBaseline(ABC):
             )
         if not len(images):
             return Scores(torch.empty(0, dtype=torch.float64))
-        return Scores(torch.from_numpy(self._score(self._flatten(images).double().numpy())))
+        return Scores(torch.from_numpy(self._score(self._rows(images.detach()).double().cpu().numpy())))
 
     def state(self) -> dict[str, Tensor]:
-        """``sample`` float32 (n, D), the training rows, and ``image_shape`` int64 (3,)."""
-        self._check_fitted()
-        return {"sample": self._sample, "image_shape": torch.tensor(self._image_shape)}
+        """``sample`` float32 (n, D), the training rows, and :meth:`_rows_state`."""
+        return {"sample": self._sample} | self._rows_state()
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Refit from the training rows; takes as long as :meth:`fit`.
@@ -93,8 +112,8 @@ class PixelBaseline(ABC):
         Raises:
             ArtifactError: a part is missing.
         """
-        self._check_parts(state, {"sample", "image_shape"})
-        self._image_shape = tuple(state["image_shape"].tolist())
+        self._check_parts(state, {"sample"})
+        self._load_rows_state(state)
         self._sample = state["sample"].float()
         self._learn(self._sample.double().numpy())
 
@@ -119,11 +138,34 @@ class PixelBaseline(ABC):
         if missing := names - set(state):
             raise ArtifactError(f"the state of {self._options.name} has no {sorted(missing)[0]!r}; fit it again")
 
-    def _flatten(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) to float32 (B, C h w), averaged down where a side is longer than ``max_side``."""
+    def _rows_state(self) -> dict[str, Tensor]:
+        """``image_shape`` int64 (3,); with a backbone its weights, ``row_shift`` and ``row_scale`` (D,)."""
+        self._check_fitted()
+        state = {"image_shape": torch.tensor(self._image_shape)}
+        if self._backbone is None:
+            return state
+        weights = {f"backbone.{key}": value for key, value in self._backbone.state().items()}
+        return state | {"row_shift": self._shift, "row_scale": self._scale} | weights
+
+    def _load_rows_state(self, state: Mapping[str, Any]) -> None:
+        self._check_parts(state, {"image_shape"} | ({"row_shift", "row_scale"} if self._backbone else set()))
+        if self._backbone is not None:
+            prefix = "backbone."
+            self._backbone.load_state({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+            self._shift, self._scale = state["row_shift"], state["row_scale"]
+        self._image_shape = tuple(state["image_shape"].tolist())
+
+    def _rows(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) to float32 (B, D); gradients flow back to images that ask for them."""
+        if self._backbone is None:
+            return self._small(images).flatten(1)
+        return (self._backbone(images, pooled) - self._shift.to(images)) / self._scale.to(images)
+
+    def _small(self, images: Tensor) -> Tensor:
+        """Averaged down where a side is longer than ``max_side``."""
         height, width = images.shape[-2:]
         scale = self._options.max_side / max(height, width)
         if scale < 1:
             size = (max(1, round(height * scale)), max(1, round(width * scale)))
             images = F.interpolate(images, size=size, mode="area")
-        return images.detach().cpu().float().flatten(1)
+        return images.float()
