@@ -279,6 +279,15 @@ class ExperimentConfig(Section):
             )
         return self
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str) -> ExperimentConfig:
+        """Validate a mapping as :func:`load_config` does a file; errors begin with ``where``.
+
+        Raises:
+            ConfigError: a field is unknown or invalid.
+        """
+        return _validate(data, where)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types with every default written out; :func:`load_config` reads it back."""
         return self.model_dump(mode="json")

@@ -22,7 +22,7 @@ import yaml
 from torch import Tensor
 
 from raydiff.artifact import encode_json, encode_tensors, read_folder, write_folder
-from raydiff.config import ExperimentConfig, component_options, load_config
+from raydiff.config import ExperimentConfig, Options, component_options, load_config
 from raydiff.detector import BaselineDetector, Detector, DiffusionDetector, build_space, load_detector
 from raydiff.errors import ArtifactError, ConfigError, DataError, StorageError
 from raydiff.images import ImageSpec, to_tensor
@@ -40,6 +40,7 @@ __all__ = [
     "cached",
     "calibrated",
     "finish",
+    "fit_baseline",
     "fit_baselines",
     "fit_locally",
     "fit_space",
@@ -235,11 +236,14 @@ def calibrated(detector: Detector, shards: ShardSet) -> Detector:
 
 def fit_baselines(config: ExperimentConfig, shards: ShardSet, names: Sequence[str]) -> Iterator[Detector]:
     """Each named baseline, fitted on the training split (its first 10,000 images) and calibrated."""
-    images = torch.cat(list(_up_to(_MAX_BASELINE_IMAGES, split_batches(shards, "train", config))))
     for name in names:
-        options = component_options("baselines", name)
-        detector = BaselineDetector.fit(config, options, images, provenance=provenance_of(shards))
-        yield calibrated(detector, shards)
+        yield calibrated(fit_baseline(config, shards, component_options("baselines", name)), shards)
+
+
+def fit_baseline(config: ExperimentConfig, shards: ShardSet, options: Options) -> Detector:
+    """A baseline fitted on the training split (its first 10,000 images), not calibrated."""
+    images = torch.cat(list(_up_to(_MAX_BASELINE_IMAGES, split_batches(shards, "train", config))))
+    return BaselineDetector.fit(config, options, images, provenance=provenance_of(shards))
 
 
 def artifact_of(path: str | os.PathLike[str]) -> Path:

@@ -161,7 +161,12 @@ class Suite(Section):
         """A training's config fields and what a task of it holds."""
         fields = dict(self.trainings[name])
         resources = fields.pop("resources", None)
-        return fields, self.resources if resources is None else Resources.model_validate(resources)
+        try:
+            return fields, self.resources if resources is None else Resources.model_validate(resources)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(["trainings", name, "resources", *map(str, first["loc"])])
+            raise ValueError(f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
 
     def classic_methods(self) -> tuple[str, ...]:
         """The methods that the others are compared with."""

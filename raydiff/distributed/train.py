@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from raydiff import errors
 from raydiff.config import ExperimentConfig
 from raydiff.detector import Detector
+from raydiff.distributed.cluster import room_for
 from raydiff.errors import ConfigError, RaydiffError, StorageError, WorkerError
 from raydiff.experiment import (
     begin_run,
@@ -264,12 +265,11 @@ def _check_resources(config: ExperimentConfig) -> None:
     """Refuse what the cluster's nodes cannot give: Ray would wait for it for ever."""
     execution = config.execution
     per_worker = {"CPU": execution.cpus_per_worker} | ({"GPU": 1.0} if execution.use_gpu else {})
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sum(min(int(node.get(name, 0) / amount) for name, amount in per_worker.items()) for node in nodes)
+    room, num_nodes = room_for(per_worker)
     if room < execution.num_workers:
         wanted = " and ".join(f"{amount:g} {name}" for name, amount in per_worker.items())
         raise ConfigError(
-            f"execution.num_workers is {execution.num_workers}, with {wanted} each; the cluster's {len(nodes)} node(s)"
+            f"execution.num_workers is {execution.num_workers}, with {wanted} each; the cluster's {num_nodes} node(s)"
             f" have room for {room}; ask for less, or add nodes"
         )
 

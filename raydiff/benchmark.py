@@ -1,0 +1,303 @@
+"""A benchmark's cells, run: each once, in any order, on any number of workers, with the rows of a finished one kept.
+
+::
+
+    OUT/shards/<key>/                one set per data section
+    OUT/trainings/<key>/             a run folder per network; taken up from its checkpoints
+    OUT/cells/<cell>/artifact/       the calibrated detector
+    OUT/results.jsonl  predictions/  the rows, appended by the driver alone
+    OUT/robustness.jsonl             rows of changed test images
+    OUT/failures.jsonl               what went wrong, with tracebacks; tried again the next time
+
+A cell is finished when ``results.jsonl`` has its row and its artefact exists. Work is cut into tasks (shards,
+trainings, cells, robustness), which :mod:`raydiff.tasks` runs in this process and
+:mod:`raydiff.distributed.benchmark` on Ray.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from raydiff.config import DataConfig
+from raydiff.cost import measure_cost
+from raydiff.detector import Detector, DiffusionDetector, load_detector
+from raydiff.errors import ConfigError, DataError
+from raydiff.evaluation import evaluate
+from raydiff.experiment import ARTIFACT, calibrated, fit_baseline, fit_locally
+from raydiff.journal import append_lines, read_lines
+from raydiff.plan import Cell, Plan, Training, plan
+from raydiff.preflight import check
+from raydiff.results import (
+    Evaluation,
+    RobustnessRow,
+    append_robustness,
+    save_evaluations,
+)
+from raydiff.robustness import robustness
+from raydiff.shards import ShardSet, write_shards
+from raydiff.suite import CostPlan, Resources, RobustnessPlan
+from raydiff.tasks import Failure, Kind, Progress, SerialWorkers, Task, Workers, drive
+from raydiff.tracking import read_metrics
+
+__all__ = [
+    "Benchmark",
+    "Cell",
+    "Plan",
+    "check_unfinished",
+    "finished_cells",
+    "is_trained",
+    "plan",
+    "run_benchmark",
+    "run_cell",
+    "run_robustness",
+    "run_training",
+    "tasks_of",
+]
+
+RESULTS, ROBUSTNESS, FAILURES = "results.jsonl", "robustness.jsonl", "failures.jsonl"
+_SECONDS, _ROBUST = "training_seconds.json", "robustness.json"
+
+
+@dataclass
+class Benchmark:
+    """What a call has done: cells that were finished before, finished now, and failed, with the reason."""
+
+    num_before: int
+    finished: list[Cell] = field(default_factory=list)
+    failed: dict[str, Failure] = field(default_factory=dict)
+
+
+def finished_cells(out: Path) -> set[str]:
+    """Ids of the cells that have their rows and their artefact."""
+    path = out / RESULTS
+    if not path.exists():
+        return set()
+    found: set[str] = set()
+    for number, line in read_lines(path):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path} line {number}: is no result row ({error}); remove the line") from error
+        if row.get("subset_kind") == "all" and row.get("cell"):
+            found.add(row["cell"])
+    return {cell for cell in found if (_artifact(out, cell) / "manifest.json").exists()}
+
+
+def run_benchmark(
+    plan: Plan,
+    out: Path,
+    workers: Workers | None = None,
+    *,
+    command: str | None = None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> Benchmark:
+    """Run what is not finished. Rows are written as cells end, whole lines, so that nothing finished is ever lost.
+
+    Args:
+        plan: of the whole suite, or a part.
+        out: a folder that every worker can reach.
+        workers: this process by default.
+        command: the command line, for the record.
+        on_progress: called after each task.
+
+    Raises:
+        ConfigError, DataError: see :func:`raydiff.preflight.check`; before anything runs.
+        StorageError: the rows cannot be written.
+    """
+    out, workers = out.resolve(), workers or SerialWorkers()
+    done = finished_cells(out)
+    tasks = tasks_of(plan, out, done, command=command)
+    check_unfinished(plan, out, tasks)
+    cells = {cell.cell_id: cell for cell in plan.cells}
+    result = Benchmark(sum(cell in done for cell in cells))
+    for progress in drive(tasks, workers):
+        task, outcome = progress.task, progress.outcome
+        if outcome.failure is not None:
+            result.failed[task.name] = outcome.failure
+            _record_failure(out, task, outcome.failure)
+        elif task.kind == "robustness":
+            append_robustness(out / ROBUSTNESS, outcome.value.rows)
+            outcome.value.mark(out)
+        elif task.key in cells:
+            save_evaluations(out / RESULTS, [outcome.value])
+            result.finished.append(cells[task.key])
+        on_progress(progress)
+    return result
+
+
+def check_unfinished(plan: Plan, out: Path, tasks: Sequence[Task]) -> None:
+    """:func:`raydiff.preflight.check` of the cells that tasks are about."""
+    unfinished = {task.key for task in tasks}
+    wanted = [cell for cell in plan.cells if {cell.cell_id, _robustness_key(cell)} & unfinished]
+    check(plan.of(wanted), partial(_shards_place, out))
+
+
+def tasks_of(plan: Plan, out: Path, done: set[str], *, command: str | None = None) -> list[Task]:
+    """What is left to do, every task behind those it needs."""
+    tasks: dict[str, Task] = {}
+    for cell in plan.cells:
+        if cell.cell_id not in done:
+            tasks |= {task.key: task for task in _cell_tasks(plan, cell, out, command) if task.key not in tasks}
+        asked = _robustness_of(plan, cell)
+        if asked is not None and (cell.cell_id not in done or not _is_robust(cell, out, asked)):
+            key, call = _robustness_key(cell), partial(run_robustness, cell, out, asked)
+            tasks[key] = Task(key, "robustness", f"{cell.name} changed", (cell.cell_id,), cell.resources, call)
+    return list(tasks.values())
+
+
+def _cell_tasks(plan: Plan, cell: Cell, out: Path, command: str | None) -> Iterator[Task]:
+    """Its shards and its training where they are not finished, and itself."""
+    shards, place = f"shards-{cell.shards}", _shards_place(out, cell.shards)
+    if not ShardSet.is_finished(str(place)):
+        name = f"shards of {cell.dataset}" + (f"/{cell.category}" if cell.category else "")
+        yield Task(shards, "shards", name, (), Resources(), partial(_write, plan.shards[cell.shards], place))
+    needs = [shards]
+    if cell.training is not None:
+        training = plan.trainings[cell.training]
+        needs.append(f"training-{training.key}")
+        if not is_trained(training, out):
+            fit = partial(run_training, training, out)
+            yield Task(needs[1], "training", f"training {training.name}", (shards,), training.resources, fit)
+    run = partial(run_cell, cell, out, cost=plan.suite.cost, command=command)
+    kind: Kind = "baseline" if cell.baseline is not None else "diffusion"
+    yield Task(cell.cell_id, kind, cell.name, tuple(needs), cell.resources, run)
+
+
+def is_trained(training: Training, out: Path) -> bool:
+    """Whether its artefact is there."""
+    folder = out / "trainings" / training.key
+    return (folder / _SECONDS).exists() and (folder / ARTIFACT / "manifest.json").exists()
+
+
+def run_training(training: Training, out: Path) -> None:
+    """Train a network in ``out/trainings/<key>``, from its last checkpoint if there is one; nothing if it is done."""
+    folder = out / "trainings" / training.key
+    if is_trained(training, out):
+        return
+    before = list(read_metrics(folder))
+    begun = time.monotonic()
+    shards = ShardSet.open(str(_shards_place(out, training.shards)))
+    fit_locally(training.config, folder, shards, device=_device(training.resources))
+    seconds = time.monotonic() - begun
+    resumed = max((line["step"] for line in read_metrics(folder) if line.get("resumed")), default=0)
+    seconds += _seconds_until(resumed, before, training.config.training.batch_size)
+    (folder / _SECONDS).write_text(json.dumps({"seconds": seconds}), encoding="utf-8")
+
+
+def _seconds_until(step: int, lines: Sequence[Mapping[str, Any]], batch_size: int) -> float:
+    """What an interrupted run had spent on the steps that were kept, from its own metrics."""
+    seconds, last = 0.0, 0
+    for line in lines:
+        if "images_per_second" in line and last < line["step"] <= step:
+            seconds += (line["step"] - last) * batch_size / line["images_per_second"]
+            last = line["step"]
+    return seconds
+
+
+def run_cell(cell: Cell, out: Path, *, cost: CostPlan | None = None, command: str | None = None) -> Evaluation:
+    """Make the cell's detector, calibrate and save it, and measure it. Writes the artefact, and no row."""
+    shards = ShardSet.open(str(_shards_place(out, cell.shards)))
+    detector, seconds = _detector(cell, out, shards)
+    detector = calibrated(detector, shards).save(_artifact(out, cell.cell_id), overwrite=True)
+    size = cell.config.execution.scoring_batch_size
+    cost = cost or CostPlan(batch_sizes=(1, size), num_images=size)
+    images = next(iter(shards.read("test", detector.image_spec, batch_size=cost.num_images))).images
+    costs = measure_cost(detector, images, cost.batch_sizes).fields()
+    return evaluate(
+        detector, shards, dataset=cell.dataset, category=cell.category, name=cell.method, batch_size=size,
+        command=command,
+        extra={"cell": cell.cell_id, "training_seconds": seconds, **costs},
+    )  # fmt: skip
+
+
+def _detector(cell: Cell, out: Path, shards: ShardSet) -> tuple[Detector, float]:
+    """Not calibrated, and the seconds its training took."""
+    if cell.baseline is not None:
+        begun = time.monotonic()
+        baseline = fit_baseline(cell.config, shards, cell.baseline)
+        return baseline, time.monotonic() - begun
+    folder = out / "trainings" / str(cell.training)
+    trained = load_detector(folder / ARTIFACT, device=_device(cell.resources))
+    if not isinstance(trained, DiffusionDetector):
+        raise ConfigError(f"{folder}: does not hold a diffusion model; remove the folder and run again")
+    seconds = float(json.loads((folder / _SECONDS).read_text(encoding="utf-8"))["seconds"])
+    return trained.with_scoring(cell.config.scoring), seconds
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A cell's robustness rows, and what had been asked for."""
+
+    cell_id: str
+    asked: str
+    rows: list[RobustnessRow]
+
+    def mark(self, out: Path) -> None:
+        """Note that the rows are written; whoever asks for others gets them anew."""
+        (out / "cells" / self.cell_id / _ROBUST).write_text(self.asked, encoding="utf-8")
+
+
+def run_robustness(cell: Cell, out: Path, asked: RobustnessPlan) -> Changed:
+    """The cell's saved detector on changed test images."""
+    detector = load_detector(_artifact(out, cell.cell_id), device=_device(cell.resources))
+    shards = ShardSet.open(str(_shards_place(out, cell.shards)))
+    rows = robustness(
+        detector, shards, cell=cell.cell_id, detector_name=cell.method, dataset=cell.dataset, category=cell.category,
+        perturbations={name: {"name": name} for name in asked.perturbations}, severities=asked.severities,
+        attacks=asked.attacks, max_images=asked.max_images,
+        batch_size=cell.config.execution.scoring_batch_size,
+    )  # fmt: skip
+    return Changed(cell.cell_id, _described(asked), list(rows))
+
+
+def _described(asked: RobustnessPlan) -> str:
+    return asked.model_dump_json(exclude={"methods", "datasets"})
+
+
+def _is_robust(cell: Cell, out: Path, asked: RobustnessPlan) -> bool:
+    path = out / "cells" / cell.cell_id / _ROBUST
+    return path.exists() and path.read_text(encoding="utf-8") == _described(asked)
+
+
+def _robustness_of(plan: Plan, cell: Cell) -> RobustnessPlan | None:
+    asked = plan.suite.robustness
+    if asked is None or (asked.methods is not None and cell.method not in asked.methods):
+        return None
+    return None if asked.datasets is not None and cell.dataset not in asked.datasets else asked
+
+
+def _robustness_key(cell: Cell) -> str:
+    return f"robustness-{cell.cell_id}"
+
+
+def _write(data: DataConfig, place: Path) -> None:
+    """Write the shards unless they are finished: then their source is not looked at, and may be gone."""
+    if not ShardSet.is_finished(str(place)):
+        write_shards(data, str(place))
+
+
+def _record_failure(out: Path, task: Task, failure: Failure) -> None:
+    line = {
+        "cell": task.key, "name": task.name, "type": failure.type, "message": failure.message,
+        "traceback": failure.traceback, "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    append_lines(out / FAILURES, [json.dumps(line)])
+
+
+def _device(resources: Resources) -> str:
+    return "cuda" if resources.num_gpus > 0 else "cpu"
+
+
+def _shards_place(out: Path, key: str) -> Path:
+    return out / "shards" / key
+
+
+def _artifact(out: Path, cell_id: str) -> Path:
+    return out / "cells" / cell_id / ARTIFACT

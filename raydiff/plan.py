@@ -1,0 +1,228 @@
+"""From a suite to its cells: what there is to run, what can be shared, and whether all of it can work.
+
+A cell is one method on one category of a data set with one seed. Cells share shards (one set per data section) and
+trainings (one per config with the scoring left out). Digests are taken of the config as the suite file has it, paths
+relative to ``--data``: they are the same on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from raydiff.config import NO_EFFECT, DataConfig, ExperimentConfig, Options, component_options
+from raydiff.errors import ConfigError
+from raydiff.shards.layout import recorded_fields
+from raydiff.suite import Method, Resources, Suite, load_suite, merged
+
+__all__ = ["Cell", "Plan", "Training", "plan"]
+
+_TRAINING_SCORING = {"name": "denoising_error", "num_inference_steps": 1}
+"""What a training's own artefact scores with; every method replaces it."""
+
+_DEFAULT_NAMES = {
+    "data": {"dataset": {"name": "digits"}}, "space": {"name": "pixel"}, "denoiser": {"name": "unet"},
+    "scoring": {"name": "denoising_error"},
+}  # fmt: skip
+"""Those of :class:`ExperimentConfig`, so that a suite can set an option of one without naming it."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of a benchmark. ``cell_id`` is 12 hex characters over everything that can change its row.
+
+    ``config`` holds the scoring, or the defaults beside a ``baseline``; ``training`` is the key of the training that it
+    scores with, None for a baseline; ``shards`` that of its images.
+    """
+
+    method: str
+    dataset: str
+    category: str
+    seed: int
+    cell_id: str
+    config: ExperimentConfig
+    baseline: Options | None
+    training: str | None
+    shards: str
+    resources: Resources
+
+    @property
+    def name(self) -> str:
+        """``method/dataset/category/seed``; a data set without categories has ``-`` there."""
+        return f"{self.method}/{self.dataset}/{self.category or '-'}/{self.seed}"
+
+    def __repr__(self) -> str:
+        return f"Cell({self.name}, {self.cell_id})"
+
+
+@dataclass(frozen=True)
+class Training:
+    """A network to train; ``key`` is 12 hex characters over everything that can change its weights."""
+
+    key: str
+    name: str
+    config: ExperimentConfig
+    shards: str
+    resources: Resources
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Everything a suite asks for: cells in the file's order, and by key the trainings and data they share."""
+
+    path: Path
+    suite: Suite
+    cells: tuple[Cell, ...]
+    trainings: Mapping[str, Training]
+    shards: Mapping[str, DataConfig]
+
+    def only(self, pattern: str) -> Plan:
+        """The part whose cells' names match a pattern such as ``unet*/digits/*/0``.
+
+        Raises:
+            ConfigError: none does.
+        """
+        cells = [cell for cell in self.cells if fnmatchcase(cell.name, pattern)]
+        if not cells:
+            raise ConfigError(
+                f"--only {pattern}: no cell is called so; a name is method/dataset/category/seed, such as"
+                f" {self.cells[0].name}"
+            )
+        return self.of(cells)
+
+    def of(self, cells: list[Cell]) -> Plan:
+        """The plan of some of the cells, with what they need, in the order given."""
+        keys = {cell.training for cell in cells}
+        data = {cell.shards for cell in cells}
+        return replace(
+            self,
+            cells=tuple(cells),
+            trainings={key: training for key, training in self.trainings.items() if key in keys},
+            shards={key: section for key, section in self.shards.items() if key in data},
+        )
+
+
+def plan(path: str | Path, data_dir: str | Path | None = None) -> Plan:
+    """Read a suite and lay out its cells; opens no data.
+
+    Args:
+        path: the suite file.
+        data_dir: what relative paths of data sets are relative to; the working directory by default.
+
+    Raises:
+        ConfigError: a key is unknown or invalid, a component or class is not there; names the file and the key.
+    """
+    suite = load_suite(path)
+    layout = _Layout(Path(path), suite, Path(data_dir or ".").resolve())
+    for name, dataset in suite.datasets.items():
+        for category, assignments in dataset.assignments():
+            for seed in suite.seeds:
+                for method in dataset.methods or tuple(suite.methods):
+                    layout.add(method, name, category, assignments, seed)
+    return Plan(Path(path), suite, tuple(layout.cells), layout.trainings, layout.shards)
+
+
+class _Layout:
+    """What :func:`plan` gathers."""
+
+    def __init__(self, path: Path, suite: Suite, data_dir: Path) -> None:
+        self._path, self._suite, self._data_dir = path, suite, data_dir
+        self.cells: list[Cell] = []
+        self.trainings: dict[str, Training] = {}
+        self.shards: dict[str, DataConfig] = {}
+        self._baselines = {name: self._baseline(name, method) for name, method in suite.methods.items()}
+
+    def add(self, name: str, dataset: str, category: str, assignments: Mapping[str, Any], seed: int) -> None:
+        """One cell, and the training and shards it needs."""
+        method, options = self._suite.methods[name], self._baselines[name]
+        written = self._config(name, method, dataset, category, assignments, seed)
+        config = self._rooted(written)
+        shards = _short([recorded_fields(written.data), written.data.on_bad_image])
+        self.shards.setdefault(shards, config.data)
+        training = None if method.training is None else self._add_training(method, written, shards, dataset, category)
+        described = None if options is None else options.model_dump(mode="json")
+        self.cells.append(
+            Cell(
+                name, dataset, category, seed, _short([name, dataset, category, seed, written.digest(), described]),
+                config, options, training, shards, self._resources(method),
+            )
+        )  # fmt: skip
+
+    def _add_training(self, method: Method, written: ExperimentConfig, shards: str, dataset: str, category: str) -> str:
+        fitted = written.model_copy(update={"scoring": component_options("scorers", _TRAINING_SCORING)})
+        key = _short(fitted.digest())
+        if key not in self.trainings:
+            name = f"{method.training}/{dataset}/{category or '-'}/{written.seed}"
+            resources = self._suite.training(method.training or "")[1]
+            self.trainings[key] = Training(key, name, self._rooted(fitted), shards, resources)
+        return key
+
+    def _config(
+        self, name: str, method: Method, dataset: str, category: str, assignments: Mapping[str, Any], seed: int
+    ) -> ExperimentConfig:
+        """The merged config as the suite has it, paths relative."""
+        suite = self._suite
+        fields = merged(merged(_DEFAULT_NAMES, suite.base), suite.datasets[dataset].config)
+        for path, value in assignments.items():
+            fields = merged(fields, _nested(path, value))
+        where = f"{self._path}: datasets.{dataset}" + (f" ({category})" if category else "")
+        if method.training is not None:
+            fields = merged(fields, suite.training(method.training)[0])
+            fields = {**fields, "scoring": method.scoring}
+            where = f"{self._path}: methods.{name} (trainings.{method.training}) on datasets.{dataset}"
+        config = ExperimentConfig.from_dict({**fields, "seed": seed}, where)
+        if config.data.shards is not None:
+            raise ConfigError(f"{where}: data.shards is set; a benchmark keeps its shards under --out, so leave it out")
+        return config
+
+    def _baseline(self, name: str, method: Method) -> Options | None:
+        if method.baseline is None:
+            return None
+        try:
+            return component_options("baselines", method.baseline)
+        except ValueError as error:  # a ConfigError, or pydantic's for an option
+            raise ConfigError(f"{self._path}: methods.{name}.baseline: {_one_line(error)}") from error
+
+    def _rooted(self, config: ExperimentConfig) -> ExperimentConfig:
+        """Relative paths of the data set made absolute."""
+        dataset = config.data.dataset
+        places = {
+            f"data.dataset.{option}": str(self._data_dir / Path(value).expanduser())
+            for option, field in type(dataset).model_fields.items()
+            if (option == "source" or field.json_schema_extra == NO_EFFECT)
+            and isinstance(value := getattr(dataset, option), str)
+            and value
+            and "://" not in value
+        }
+        return config.override(places)
+
+    def _resources(self, method: Method) -> Resources:
+        """A baseline holds no GPU unless it asks for one."""
+        if method.resources is not None:
+            return method.resources
+        if method.training is not None:
+            return self._suite.training(method.training)[1]
+        return self._suite.resources.model_copy(update={"num_gpus": 0.0})
+
+
+def _nested(path: str, value: Any) -> dict[str, Any]:
+    first, _, rest = path.partition(".")
+    return {first: _nested(rest, value) if rest else value}
+
+
+def _short(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _one_line(error: Exception) -> str:
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg'][0].lower()}{first['msg'][1:]}"

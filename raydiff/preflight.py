@@ -1,0 +1,179 @@
+"""What is wrong with a benchmark, before anything runs: missing data, impossible combinations, shares nobody can give.
+
+Everything is looked at, so that one call names all that must be put right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from raydiff import registry
+from raydiff.config import DataConfig, component_options
+from raydiff.contracts import Entry, Scorer
+from raydiff.core.diffusion import Diffusion
+from raydiff.core.metrics import PIXEL_METRICS
+from raydiff.detector import BaselineDetector, DiffusionDetector, build_space, num_conditions, schedule_of
+from raydiff.errors import ConfigError, DataError, RaydiffError
+from raydiff.plan import Cell, Plan
+from raydiff.shards import ShardSet
+from raydiff.shards.layout import plan_shards
+
+__all__ = ["check"]
+
+_PROBE_IMAGES = 16
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What is known of a data set before or after its shards are written."""
+
+    num_normal_classes: int
+    has_masks: bool
+
+
+def check(plan: Plan, shard_place: Callable[[str], Path]) -> None:
+    """Refuse a plan that cannot work; writes nothing and trains nothing.
+
+    Args:
+        plan: what is about to run.
+        shard_place: key of a data section -> the folder of its shards; finished ones are looked at in place of the
+            data set's files.
+
+    Raises:
+        ConfigError, DataError: of the kind of the first problem; names the suite file, its key, and all that is wrong.
+    """
+    problems: list[RaydiffError] = []
+    facts: dict[str, _Facts] = {}
+    for key, data in plan.shards.items():
+        cell = next(cell for cell in plan.cells if cell.shards == key)
+        where = f"datasets.{cell.dataset}" + (f" ({cell.category})" if cell.category else "")
+        try:
+            facts[key] = _facts(data, shard_place(key))
+        except RaydiffError as error:
+            problems.append(type(error)(f"{where}: {error}"))
+    problems += _of_methods(plan, facts)
+    problems += _of_metrics(plan, facts)
+    problems += _of_robustness(plan)
+    if problems:
+        first, rest = problems[0], problems[1:]
+        more = f" (and {len(rest)} more: {'; '.join(str(problem) for problem in rest)})" if rest else ""
+        raise type(first)(f"{plan.path}: {first}{more}")
+
+
+def _facts(data: DataConfig, place: Path) -> _Facts:
+    """Of finished shards, else of the data set's files, which are listed and counted but for one image not opened."""
+    if ShardSet.is_finished(str(place)):
+        shards = ShardSet.open(str(place))
+        shards.check(data)
+        if not shards.can_be_tested:
+            raise DataError(f"{place}: the test split lacks normal or anomalous images; a benchmark needs both kinds")
+        return _Facts(len(shards.normal_classes), shards.has_masks)
+    dataset = registry.build("datasets", data.dataset)
+    entries = [entry for shard in plan_shards(dataset.entries(), data) for entry in shard.entries]
+    test = [entry for entry in entries if entry.split == "test"]
+    anomalous = [entry for entry in test if entry.is_anomaly]
+    if len(anomalous) in (0, len(test)):
+        raise DataError(
+            f"the test split has {len(test) - len(anomalous)} normal and {len(anomalous)} anomalous images; a benchmark"
+            " needs both kinds"
+        )
+    normal = {entry.class_name for entry in entries if entry.split == "train"}
+    return _Facts(len(normal), dataset.read(_first(anomalous))[1] is not None)
+
+
+def _first(entries: Sequence[Entry]) -> Entry:
+    return min(entries, key=lambda entry: entry.image_id)
+
+
+def _of_methods(plan: Plan, facts: dict[str, _Facts]) -> Iterator[RaydiffError]:
+    """Every method is built once per data set: untrained, with the first category's config."""
+    for cell in _one_each(plan):
+        if cell.shards not in facts:
+            continue
+        try:
+            if cell.baseline is not None:
+                baseline = registry.build("baselines", cell.baseline, seed=cell.seed)
+                getattr(baseline, "check", lambda: None)()
+            else:
+                classes = facts[cell.shards].num_normal_classes
+                DiffusionDetector.create(cell.config, num_classes=classes).space.check()
+        except RaydiffError as error:
+            yield type(error)(f"methods.{cell.method} on datasets.{cell.dataset}: {error}")
+
+
+def _one_each(plan: Plan) -> list[Cell]:
+    """The first cell of every method on every data set."""
+    firsts: dict[tuple[str, str], Cell] = {}
+    for cell in plan.cells:
+        firsts.setdefault((cell.method, cell.dataset), cell)
+    return list(firsts.values())
+
+
+def _of_metrics(plan: Plan, facts: dict[str, _Facts]) -> Iterator[RaydiffError]:
+    for name in dict.fromkeys(cell.dataset for cell in plan.cells):
+        pixel = [metric for metric in plan.suite.leading_metrics(name) if metric in PIXEL_METRICS]
+        cells = [cell for cell in _one_each(plan) if cell.dataset == name]
+        if not pixel or cells[0].shards not in facts:
+            continue
+        key = f"datasets.{name}.metrics" if pixel[0] in plan.suite.datasets[name].metrics else "metrics"
+        if not facts[cells[0].shards].has_masks:
+            yield ConfigError(
+                f"{key} names {pixel[0]}, which needs masks, and datasets.{name} has none; leave it out, or list it"
+                " under the metrics of the data sets that have masks"
+            )
+        elif not any(_draws_maps(cell, facts[cell.shards].num_normal_classes) for cell in cells):
+            yield ConfigError(
+                f"{key} names {pixel[0]}, which needs anomaly maps, and no method on datasets.{name} draws any"
+                f" ({', '.join(cell.method for cell in cells)}); leave it out, or add one that does"
+            )
+
+
+def _draws_maps(cell: Cell, num_classes: int) -> bool:
+    """Whether the method's scores come with maps, found out with a network that costs nothing."""
+    data = cell.config.data
+    images = torch.rand(_PROBE_IMAGES, data.channels, *data.image_size, generator=torch.Generator().manual_seed(0))
+    try:
+        if cell.baseline is not None:
+            detector = BaselineDetector.fit(cell.config, cell.baseline, images)
+            return detector.score(images[:1]).map is not None
+        scorer: Scorer = registry.build("scorers", cell.config.scoring)
+        model = Diffusion(
+            denoiser=_Halved(), schedule=schedule_of(cell.config),
+            prediction_type=cell.config.objective.prediction_type, seed=0,
+            num_classes=num_conditions(cell.config, num_classes), device="cpu",
+        )  # fmt: skip
+        evidence = scorer.measure(model, torch.zeros(1, *build_space(cell.config).shape))
+    except RaydiffError:
+        return False  # said elsewhere
+    return evidence.shape[-2:] != (1, 1)
+
+
+class _Halved(torch.nn.Module):
+    """Predicts half of what it is shown."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:  # noqa: ARG002
+        return 0.5 * x
+
+
+def _of_robustness(plan: Plan) -> Iterator[RaydiffError]:
+    asked = plan.suite.robustness
+    if asked is None:
+        return
+    for name in asked.perturbations:
+        try:
+            kind = registry.build("perturbations", component_options("perturbations", name)).kind
+        except ConfigError as error:
+            yield ConfigError(f"robustness.perturbations: {error}")
+            continue
+        if kind != "corruption":
+            yield ConfigError(f"robustness.perturbations: {name} makes an image anomalous; name corruptions only")
+    for severity in asked.severities:
+        if not 1 <= severity <= 5:
+            yield ConfigError(f"robustness.severities holds {severity}; each must be a whole number from 1 to 5")
+    for budget in asked.attacks:
+        if not 0 < budget <= 2:
+            yield ConfigError(f"robustness.attacks holds {budget}; a budget must lie above 0 and not above 2")
