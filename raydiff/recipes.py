@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from raydiff import registry
-from raydiff.config import ExperimentConfig
+from raydiff.backbone import BackboneOptions, has_weights
+from raydiff.config import ExperimentConfig, component_options
 from raydiff.errors import ConfigError, DataError
 from raydiff.images import ImageSpec, decode_file, images_in
 
-__all__ = ["digits", "images", "recipe"]
+__all__ = ["digits", "images", "photographs", "recipe"]
 
 _UNLEARNT = {"ground_truth", "test"}
 
 
 def recipe(data: str, source: str | None = None) -> ExperimentConfig:
-    """The config for a data set's name or a folder of images.
+    """The config for a data set's name or a folder of images: a folder's in feature space where weights are at hand.
 
     Raises:
         ConfigError: ``data`` is neither.
@@ -27,7 +28,9 @@ def recipe(data: str, source: str | None = None) -> ExperimentConfig:
     if data in registry.names("datasets"):
         return images({"name": data} | ({"source": source} if source else {}), channels=3)
     if Path(data).is_dir():
-        return images({"name": "folder", "source": str(Path(data).resolve())}, channels=_channels(Path(data)))
+        dataset = {"name": "folder", "source": str(Path(data).resolve())}
+        recipe_of = photographs if _has_features() else images
+        return recipe_of(dataset, channels=_channels(Path(data)))
     raise ConfigError(
         f"--data {data}: is neither a folder nor a data set's name; there are: {', '.join(registry.names('datasets'))}"
     )
@@ -49,7 +52,7 @@ def digits(normal: str = "8") -> ExperimentConfig:
 
 
 def images(dataset: dict[str, Any], *, channels: int) -> ExperimentConfig:
-    """Photographs of parts at 64 px."""
+    """Photographs of parts at 64 px, in pixels: without a pretrained network."""
     return ExperimentConfig().override(
         {
             "data.dataset": dataset,
@@ -66,6 +69,35 @@ def images(dataset: dict[str, Any], *, channels: int) -> ExperimentConfig:
             "execution.num_workers": 2,
         }
     )
+
+
+def photographs(dataset: dict[str, Any], *, channels: int) -> ExperimentConfig:
+    """Photographs of parts at 256 px, in the space of a frozen network's features; one evaluation per score."""
+    return ExperimentConfig().override(
+        {
+            "data.dataset": dataset,
+            "data.image_size": [256, 256],
+            "data.channels": channels,
+            "space": {"name": "feature"},
+            "denoiser": {"name": "convnet", "width": 192, "num_blocks": 5},
+            "objective.prediction_type": "sample",
+            "training.num_steps": 1500,
+            "training.batch_size": 32,
+            "training.ema_decay": 0.995,
+            "training.validate_every": 500,
+            "training.checkpoint_every": 500,
+            "scoring": {"name": "denoising_error", "num_inference_steps": 1, "start": 0.3, "stop": 0.4},
+            "scoring.blur": 0.0,
+            "scoring.pooling_share": 0.016,
+            "execution.num_workers": 2,
+        }
+    )
+
+
+def _has_features() -> bool:
+    """Whether the feature space's default network can be had without a hub."""
+    options = component_options("spaces", "feature")
+    return isinstance(options, BackboneOptions) and has_weights(options)
 
 
 def _channels(folder: Path) -> int:

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from raydiff import backbone
+from raydiff.config import load_config
 from raydiff.errors import ConfigError
-from raydiff.recipes import digits, recipe
+from raydiff.recipes import digits, photographs, recipe
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])
@@ -71,3 +73,19 @@ def test_names(tmp_path: Path) -> None:
         recipe("cifar10")
     with pytest.raises(ConfigError, match="neither a folder nor a data set's name; there are: cifar10, digits, folder"):
         recipe("nothing")
+
+
+def test_a_folder_is_learnt_in_feature_space_where_the_weights_are_at_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("L", (20, 20)).save(tmp_path / "a.png")
+    assert recipe(str(tmp_path)).space.name == "feature"
+    monkeypatch.setattr(backbone, "_PACKAGES", {})
+    config = recipe(str(tmp_path))
+    assert config.space.name == "pixel"
+    assert config.data.image_size == (64, 64)
+
+
+def test_the_shipped_config_for_photographs_is_the_recipe() -> None:
+    shipped = load_config(Path(__file__).parent.parent / "examples" / "configs" / "photographs.yaml")
+    assert shipped == photographs({"name": "folder", "source": "screw"}, channels=3)
