@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional
 
 from raydiff.config import Options as BaseOptions
 from raydiff.errors import ConfigError
@@ -14,7 +15,11 @@ __all__ = ["Options", "UNet", "build"]
 
 
 class Options(BaseOptions):
-    """The U-Net of Ho et al. 2020 (arXiv:2006.11239), app. B, in a size of your choice."""
+    """The U-Net of Ho et al. 2020 (arXiv:2006.11239), app. B, in a size of your choice.
+
+    ``patch_size`` folds p x p pixels into channels at the input and unfolds them at the output (Hoogeboom et al. 2023,
+    arXiv:2301.11093, section 3): p^2 times less work per layer, for larger images or fewer cores.
+    """
 
     name: Literal["unet"] = "unet"
     block_out_channels: tuple[int, ...] = Field((32, 64), min_length=1, description="width per level, fine to coarse")
@@ -23,6 +28,9 @@ class Options(BaseOptions):
     attention_head_dim: int = Field(8, ge=1)
     norm_num_groups: int = Field(8, ge=1, description="groups of the group normalisation; must divide every width")
     dropout: float = Field(0.0, ge=0, lt=1)
+    patch_size: int = Field(
+        1, ge=1, description="pixels per side that are folded into channels first, as in simple diffusion: less work"
+    )
 
 
 class UNet(nn.Module):
@@ -35,10 +43,12 @@ class UNet(nn.Module):
         from diffusers import UNet2DModel  # here: importing diffusers takes seconds
 
         levels = range(len(options.block_out_channels))
+        self.patch_size = options.patch_size
+        folded = channels * options.patch_size**2
         self.unet = UNet2DModel(
-            sample_size=image_size,
-            in_channels=channels,
-            out_channels=channels,
+            sample_size=tuple(side // options.patch_size for side in image_size),
+            in_channels=folded,
+            out_channels=folded,
             layers_per_block=options.layers_per_block,
             block_out_channels=options.block_out_channels,
             down_block_types=tuple(
@@ -55,8 +65,9 @@ class UNet(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """(B, C, H, W) at steps ``t`` (B,), with labels (B,) if the network is conditional, to (B, C, H, W)."""
-        output: Tensor = self.unet(x_t, t, class_labels=condition).sample
-        return output
+        folded = functional.pixel_unshuffle(x_t, self.patch_size)  # (B, C p p, H / p, W / p)
+        output: Tensor = self.unet(folded, t, class_labels=condition).sample
+        return functional.pixel_shuffle(output, self.patch_size)
 
 
 def build(options: Options, *, channels: int, image_size: tuple[int, int], num_classes: int | None) -> UNet:
@@ -71,11 +82,12 @@ def build(options: Options, *, channels: int, image_size: tuple[int, int], num_c
     Raises:
         ConfigError: the image size is no multiple of the down-sampling, or the groups do not divide a width.
     """
-    factor = 2 ** (len(options.block_out_channels) - 1)
+    factor = options.patch_size * 2 ** (len(options.block_out_channels) - 1)
     if any(side % factor for side in image_size):
         raise ConfigError(
             f"data.image_size is {image_size}; with {len(options.block_out_channels)} levels"
-            f" (denoiser.block_out_channels) both sides must be multiples of {factor}"
+            f" (denoiser.block_out_channels) and denoiser.patch_size {options.patch_size} both sides must be multiples"
+            f" of {factor}"
         )
     for width in options.block_out_channels:
         if width % options.norm_num_groups:

@@ -55,6 +55,15 @@ def test_the_weights_follow_from_the_global_seed():
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
+def test_folding_pixels_keeps_the_image_size_and_saves_work():
+    plain, folded = build(size=(16, 8)), build(size=(16, 8), patch_size=2)
+    x, t = torch.randn(2, 1, 16, 8), torch.tensor([0, 999])
+    assert folded(x, t).shape == x.shape
+    assert folded.unet.conv_in.in_channels == 4
+    assert folded.unet.config.sample_size == (8, 4)
+    assert plain.unet.conv_in.in_channels == 1
+
+
 def test_dropout_is_off_when_evaluating():
     network = build(dropout=0.5)
     x, t = torch.randn(1, 1, 8, 8), torch.tensor([3])
@@ -68,8 +77,9 @@ def test_dropout_is_off_when_evaluating():
     [
         (
             {"size": (8, 7)},
-            r"data.image_size is \(8, 7\); with 2 levels \(denoiser.block_out_channels\) both sides must be multiples",
+            r"data.image_size is \(8, 7\); with 2 levels \(denoiser.block_out_channels\) and denoiser.patch_size 1 both sides must be",
         ),
+        ({"size": (8, 6), "patch_size": 2}, "denoiser.patch_size 2 both sides must be multiples of 4"),
         ({"size": (10, 8), "block_out_channels": (8, 8, 8)}, "both sides must be multiples of 4"),
         ({"norm_num_groups": 3}, "denoiser.norm_num_groups is 3; it must divide every width, and not 8"),
         ({"attention_levels": (0, 2)}, "denoiser.attention_levels names level 2; there are 2"),
