@@ -22,15 +22,17 @@ from raydiff.core.metrics import roc_curve
 from raydiff.report.tables import Group, summarise
 from raydiff.results import Predictions
 
-__all__ = ["Style", "cost_figure", "histogram_figure", "roc_figure", "styles"]
+__all__ = [
+    "INK", "SETTINGS", "Style", "cost_figure", "histogram_figure", "roc_figure", "styles", "to_svg",
+]  # fmt: skip
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _DASHES = ("-", "--", "-.", ":")
 _MARKERS = "osD^vP"
-_INK = "#010203"  # stands for the page's text colour
-_SETTINGS: Any = {
+INK = "#010203"  # stands for the page's text colour
+SETTINGS: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "raydiff", "font.family": "sans-serif", "font.size": 10,
-    "text.color": _INK, "axes.edgecolor": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
+    "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "axes.unicode_minus": True,
     "legend.frameon": False, "legend.fontsize": 9, "figure.facecolor": "none", "axes.facecolor": "none",
 }  # fmt: skip
@@ -69,7 +71,7 @@ def roc_figure(groups: Sequence[Group], looks: dict[str, Style], name: str) -> s
         name: unique on the page; prefixes the ids inside the SVG.
     """
     grid = np.linspace(0, 1, 501)
-    with mpl.rc_context(_SETTINGS):
+    with mpl.rc_context(SETTINGS):
         figure, axes = _canvas(4.9, 4.2 + 0.19 * len(groups))
         for group in groups:
             curves = [_tpr_on(grid, e.predictions) for e in group.evaluations if e.predictions is not None]
@@ -77,15 +79,15 @@ def roc_figure(groups: Sequence[Group], looks: dict[str, Style], name: str) -> s
                 _draw_curve(axes, grid, np.stack(curves), group, looks[group.detector])
         if not axes.lines:
             return None
-        axes.plot([0, 1], [0, 1], color=_INK, linewidth=0.6, alpha=0.4)
+        axes.plot([0, 1], [0, 1], color=INK, linewidth=0.6, alpha=0.4)
         axes.set(xlim=(-0.01, 1), ylim=(0, 1.01), xlabel="False-positive rate", ylabel="True-positive rate")
         figure.legend(loc="outside lower center")
-        return _svg(figure, name)
+        return to_svg(figure, name)
 
 
 def cost_figure(groups: Sequence[Group], looks: dict[str, Style], name: str) -> str:
     """AUROC against milliseconds per image in batches, with the AUROC's interval or spread."""
-    with mpl.rc_context(_SETTINGS):
+    with mpl.rc_context(SETTINGS):
         figure, axes = _canvas(4.9, 4.2 + 0.19 * len(groups))
         for group in groups:
             look = looks[group.detector]
@@ -105,9 +107,9 @@ def cost_figure(groups: Sequence[Group], looks: dict[str, Style], name: str) -> 
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.margins(x=0.15, y=0.15)
         axes.set(xlabel="Milliseconds per image, in batches (log scale)", ylabel="AUROC")
-        axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.6)
+        axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
         figure.legend(loc="outside lower center", ncols=2)
-        return _svg(figure, name)
+        return to_svg(figure, name)
 
 
 def histogram_figure(predictions: Predictions, threshold: float, name: str) -> str:
@@ -121,7 +123,7 @@ def histogram_figure(predictions: Predictions, threshold: float, name: str) -> s
     margin = 0.02 * (high - low) or 0.5
     edges = np.linspace(low - margin, high + margin, 36)
     clipped = np.clip(scores, edges[0], edges[-1])
-    with mpl.rc_context(_SETTINGS):
+    with mpl.rc_context(SETTINGS):
         figure, axes = _canvas(3.6, 3.1)
         for label, kind, colour in ((False, "normal", "#0072B2"), (True, "anomalous", "#D55E00")):
             members = clipped[predictions.labels == label]
@@ -130,10 +132,10 @@ def histogram_figure(predictions: Predictions, threshold: float, name: str) -> s
                 edgecolor=colour, histtype="stepfilled", linewidth=1.2,
                 label=f"{kind} (n = {len(members)})",
             )  # fmt: skip
-        axes.axvline(threshold, color=_INK, linestyle="--", linewidth=1.2, label=f"threshold {threshold:.4g}")
+        axes.axvline(threshold, color=INK, linestyle="--", linewidth=1.2, label=f"threshold {threshold:.4g}")
         axes.set(xlabel="Raw anomaly score", ylabel="Share of images (%)", xlim=(edges[0], edges[-1]))
         figure.legend(loc="outside lower center", ncols=2, columnspacing=1, handlelength=1.4)
-        return _svg(figure, name)
+        return to_svg(figure, name)
 
 
 def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
@@ -162,7 +164,7 @@ def _draw_curve(axes: Axes, grid: Floats, curves: Floats, group: Group, look: St
         )
 
 
-def _svg(figure: Figure, name: str) -> str:
+def to_svg(figure: Figure, name: str) -> str:
     """The drawing as an ``<svg>`` element without size, namespaces or metadata, its ids prefixed with ``name``."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -175,4 +177,4 @@ def _svg(figure: Figure, name: str) -> str:
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(url\(#|href="#)', rf"\1{name}-", text)
-    return text.replace(_INK, "currentColor").replace("<svg", '<svg aria-hidden="true"', 1).strip()
+    return text.replace(INK, "currentColor").replace("<svg", '<svg aria-hidden="true"', 1).strip()

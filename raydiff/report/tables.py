@@ -29,7 +29,10 @@ __all__ = [
     "difference_table",
     "group",
     "main_table",
+    "mark_best",
     "overview_table",
+    "part_name",
+    "signed",
     "summarise",
 ]
 
@@ -38,7 +41,8 @@ __all__ = [
 class Cell:
     """What a table cell says; ``detail`` is its interval or spread, ``value`` the number behind it.
 
-    ``has_width`` is False for an interval whose ends read the same.
+    ``has_width`` is False for an interval whose ends read the same. ``spread``, ``low`` and ``high`` are the numbers
+    behind ``detail``.
     """
 
     text: str = "–"
@@ -46,6 +50,9 @@ class Cell:
     value: float | None = None
     best: bool = False
     has_width: bool = True
+    spread: float | None = None
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -116,12 +123,17 @@ def _fields(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield path, json.dumps(value)
 
 
+def part_name(row: Result | Comparison) -> str:
+    """The data set, and which part of it where a benchmark's cell is about one."""
+    return f"{row.dataset}: {row.category}" if row.category else row.dataset
+
+
 def group(evaluations: Sequence[Evaluation]) -> dict[str, list[Group]]:
-    """Groups by data set, both in order of appearance; of several runs of one seed the last."""
+    """Groups by data set (a part for each category of it), in order of appearance; of several runs of a seed the last."""
     found: dict[tuple[str, str], list[Evaluation]] = {}
     for evaluation in latest(evaluations):
         row = evaluation.rows[0]
-        found.setdefault((row.dataset, row.detector), []).append(evaluation)
+        found.setdefault((part_name(row), row.detector), []).append(evaluation)
     by_dataset: dict[str, list[Group]] = {}
     for (dataset, detector), members in found.items():
         ordered = sorted(members, key=lambda evaluation: evaluation.rows[0].seed)
@@ -144,11 +156,13 @@ def summarise(estimates: Sequence[Estimate | None]) -> Cell:
         return Cell()
     mean = fmean(estimate.value for estimate in known)
     if len(known) > 1:
-        return Cell(f"{mean:.3f}", f"± {stdev(estimate.value for estimate in known):.3f}", mean)
+        spread = stdev(estimate.value for estimate in known)
+        return Cell(f"{mean:.3f}", f"± {spread:.3f}", mean, spread=spread)
     if known[0].low is None or known[0].high is None:
         return Cell(f"{mean:.3f}", "", mean)
     low, high = f"{known[0].low:.3f}", f"{known[0].high:.3f}"
-    return Cell(f"{mean:.3f}", f"{low}–{high}", mean, has_width=low != high)
+    ends = {"low": known[0].low, "high": known[0].high}
+    return Cell(f"{mean:.3f}", f"{low}–{high}", mean, has_width=low != high, **ends)
 
 
 @dataclass(frozen=True)
@@ -199,7 +213,7 @@ def main_table(groups: Sequence[Group], main: str) -> tuple[list[Column], list[R
     """Detectors by metrics; columns that nobody fills are left out."""
     cells = {column: [column.read(group) for group in groups] for column in COLUMNS}
     columns = [column for column in COLUMNS if any(cell.value is not None for cell in cells[column])]
-    marked = [_mark_best(cells[column], column.better) for column in columns]
+    marked = [mark_best(cells[column], column.better) for column in columns]
     marks = data_marks(groups)
     return columns, [
         Row(name, [column[i] for column in marked], main=name == main, mark=marks.get(name, ""))
@@ -218,7 +232,7 @@ def defect_table(groups: Sequence[Group]) -> list[Row]:
         example = next(row for rows in found for row in rows if row is not None)
         cells = [summarise([None if row is None else row.metrics["auroc"] for row in rows]) for rows in found]
         note = f"{example.num_anomalous} anomalous, {example.num_normal} normal"
-        table.append(Row(f"{kind} {name}", _mark_best(cells, 1), note))
+        table.append(Row(f"{kind} {name}", mark_best(cells, 1), note))
     return table
 
 
@@ -230,13 +244,13 @@ def overview_table(datasets: dict[str, list[Group]]) -> tuple[list[str], list[Ro
         by_name = {group.detector: group for group in groups}
         cells = [_metric("auroc")(by_name[name]) if name in by_name else Cell() for name in detectors]
         values.append([cell.value for cell in cells])
-        rows.append(Row(dataset, _mark_best(cells, 1), mark="*" if data_marks(groups) else ""))
+        rows.append(Row(dataset, mark_best(cells, 1), mark="*" if data_marks(groups) else ""))
     means = []
     for column in zip(*values, strict=True):
         known = [value for value in column if value is not None]
         mean = fmean(known) if len(known) == len(column) else None
         means.append(Cell() if mean is None else Cell(f"{mean:.3f}", "", mean))
-    return detectors, [*rows, Row(f"mean of {len(datasets)} data sets", _mark_best(means, 1))]
+    return detectors, [*rows, Row(f"mean of {len(datasets)} data sets", mark_best(means, 1))]
 
 
 def difference_table(comparisons: Sequence[Comparison]) -> list[Row]:
@@ -247,18 +261,22 @@ def difference_table(comparisons: Sequence[Comparison]) -> list[Row]:
     for comparison in comparisons:
         table.setdefault((comparison.detector, comparison.seed), {})[comparison.metric] = comparison
     return [
-        Row(detector, [_signed(found[metric].difference) for metric in shown],
+        Row(detector, [signed(found[metric].difference) for metric in shown],
             f"minus {found['auroc'].reference}, seed {seed}")
         for (detector, seed), found in sorted(table.items(), key=lambda item: order.index(item[0][0]))
     ]  # fmt: skip
 
 
-def _signed(difference: Estimate) -> Cell:
+def signed(difference: Estimate) -> Cell:
+    """A difference with its sign; bold where its interval leaves out zero."""
     low, high = difference.low, difference.high
     if low is None or high is None:
         return Cell(_sign(difference.value), "", difference.value)
     detail, has_width = f"{_sign(low)} to {_sign(high)}", _sign(low) != _sign(high)
-    return Cell(_sign(difference.value), detail, difference.value, best=low > 0 or high < 0, has_width=has_width)
+    return Cell(
+        _sign(difference.value), detail, difference.value, best=low > 0 or high < 0, has_width=has_width, low=low,
+        high=high,
+    )  # fmt: skip
 
 
 def _sign(value: float) -> str:
@@ -269,7 +287,7 @@ def _find(evaluation: Evaluation, kind: str, name: str) -> Result | None:
     return next((row for row in evaluation.rows if (row.subset_kind, row.subset) == (kind, name)), None)
 
 
-def _mark_best(cells: Sequence[Cell], better: int) -> list[Cell]:
+def mark_best(cells: Sequence[Cell], better: int) -> list[Cell]:
     """Bold the best and all that read the same; none where there is nothing to compare."""
     known = [cell for cell in cells if cell.value is not None]
     if not better or len(known) < 2:

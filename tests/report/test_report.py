@@ -261,9 +261,9 @@ def test_the_best_of_a_column_is_bold_by_what_better_means_there():
 
 
 def test_equal_at_the_shown_precision_is_equally_bold():
-    marked = tables._mark_best([tables.Cell("0.99", "", 0.9901), tables.Cell("0.99", "", 0.9899), tables.Cell()], 1)
+    marked = tables.mark_best([tables.Cell("0.99", "", 0.9901), tables.Cell("0.99", "", 0.9899), tables.Cell()], 1)
     assert [cell.best for cell in marked] == [True, True, False]
-    assert not tables._mark_best([tables.Cell("1", "", 1.0)], 1)[0].best
+    assert not tables.mark_best([tables.Cell("1", "", 1.0)], 1)[0].best
 
 
 def test_the_summary_is_fair_to_the_others():
@@ -327,7 +327,7 @@ def test_figures_take_the_pages_ink_and_keep_apart_their_ids(evaluations):
     svg = figures.roc_figure(groups, looks, "a")
     assert svg.startswith("<svg")
     assert "currentColor" in svg
-    assert figures._INK not in svg
+    assert figures.INK not in svg
     assert all(name.startswith("a-") for name in re.findall(r'\bid="([^"]*)"', svg))
     assert all(name.startswith("a-") for name in re.findall(r"url\(#([^)]*)\)", svg))
     assert ">False-positive rate<" in svg

@@ -1,0 +1,212 @@
+"""The tables of cost, of its growth with resolution, and of robustness."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+
+from raydiff.core.metrics import Estimate
+from raydiff.report.benchmark_data import Benchmark, natural
+from raydiff.report.benchmark_tables import method_row, range_of
+from raydiff.report.export import Heading, Table, slug
+from raydiff.report.tables import Cell, Row, mark_best, summarise
+from raydiff.results import Result, RobustnessRow
+
+__all__ = ["Growth", "Robustness", "cost_table", "growth_tables", "growths", "robustness", "robustness_tables"]
+
+_COSTS: tuple[tuple[str, str, Callable[[Result], float | None]], ...] = (
+    ("training, s", "", lambda row: row.training_seconds),
+    ("alone", "ms per image", lambda row: row.ms_per_image_alone),
+    ("in batches", "ms per image", lambda row: row.ms_per_image),
+    ("at the best batch", "ms per image", lambda row: row.ms_per_image_best),
+    ("best batch", "ms per image", lambda row: row.best_batch_size),
+    ("NFE", "", lambda row: row.num_evaluations),
+    ("peak memory, MB", "", lambda row: row.peak_memory_mb),
+    ("model, MB", "", lambda row: row.model_mb),
+)
+
+
+def cost_table(benchmark: Benchmark, dataset: str) -> Table:
+    """Methods by costs; a method measured on several machines has a row for each."""
+    found = []
+    hardware = sorted({row.hardware for m in benchmark.methods_of(dataset) for row in benchmark.rows(dataset, m)})
+    for method in benchmark.methods_of(dataset):
+        for machine in hardware:
+            rows = [row for row in benchmark.rows(dataset, method) if row.hardware == machine]
+            if rows:
+                found.append((method, machine, rows))
+    columns = [(Heading(name, part), [_mean(rows, read) for _, _, rows in found]) for name, part, read in _COSTS]
+    shown = [(heading, cells) for heading, cells in columns if any(cell.value is not None for cell in cells)]
+    rows_ = [
+        method_row(benchmark, method, [cells[i] for _, cells in shown], note=machine if len(hardware) > 1 else "")
+        for i, (method, machine, _) in enumerate(found)
+    ]
+    where = f" On {hardware[0]}." if len(hardware) == 1 else ""
+    return Table(
+        f"{slug(dataset)}-cost", f"{dataset}: cost", "Method", [heading for heading, _ in shown], rows_,
+        "Means over categories and seeds. Times run from decoded pixels to verdict, feature network included; peak memory"
+        f" is that of the process while it scored, of the GPU on a GPU.{where}",
+    )  # fmt: skip
+
+
+def _mean(rows: Sequence[Result], read: Callable[[Result], float | None]) -> Cell:
+    values = [value for row in rows if (value := read(row)) is not None]
+    return range_of([fmean(values)]) if values else Cell()
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How one cost of every method grows with the side of an image: (pixels, cost) in order, and the power."""
+
+    stem: str
+    noun: str
+    unit: str
+    points: dict[str, list[tuple[int, float]]]
+
+    def power(self, method: str) -> float | None:
+        """The slope of a straight line through log cost over log side; None for a single resolution."""
+        sides, costs = zip(*self.points[method], strict=True)
+        if len(sides) < 2 or min(costs) <= 0:
+            return None
+        return float(np.polyfit(np.log(sides), np.log(costs), 1)[0])
+
+
+_AT = re.compile(r"(?P<stem>.+)@(?P<side>\d+)")
+
+
+def growths(benchmark: Benchmark) -> list[Growth]:
+    """For data sets named ``stem@side`` of which at least two resolutions were run: scoring and training time."""
+    stems: dict[str, list[tuple[int, str]]] = {}
+    for dataset in benchmark.datasets:
+        if match := _AT.fullmatch(dataset):
+            stems.setdefault(match["stem"], []).append((int(match["side"]), dataset))
+    found = []
+    for stem, members in stems.items():
+        for noun, unit, read in (
+            ("time per image", "ms per image, in batches", lambda row: row.ms_per_image),
+            ("training time", "seconds of training", lambda row: row.training_seconds),
+        ):
+            points = {method: _points(benchmark, sorted(members), method, read) for method in benchmark.methods}
+            kept = {method: at for method, at in points.items() if at}
+            if len(members) > 1 and kept:
+                found.append(Growth(stem, noun, unit, kept))
+    return found
+
+
+def _points(
+    benchmark: Benchmark, members: Sequence[tuple[int, str]], method: str, read: Callable[[Result], float | None]
+) -> list[tuple[int, float]]:
+    points = []
+    for side, dataset in members:
+        values = [value for row in benchmark.rows(dataset, method) if (value := read(row)) is not None]
+        if values:
+            points.append((side, fmean(values)))
+    return points
+
+
+def growth_tables(benchmark: Benchmark, found: Sequence[Growth]) -> list[Table]:
+    """Methods by resolutions, and the power of the side that the cost grows with."""
+    tables = []
+    for growth in found:
+        sides = sorted({side for points in growth.points.values() for side, _ in points})
+        rows = []
+        for method, points in growth.points.items():
+            at, power = dict(points), growth.power(method)
+            cells = [range_of([at[side]]) if side in at else Cell() for side in sides]
+            cells.append(Cell() if power is None else Cell(f"{power:.2f}", "", power))
+            rows.append(method_row(benchmark, method, cells))
+        headings = [Heading(f"{side} px", growth.unit) for side in sides]
+        tables.append(Table(
+            f"{slug(growth.stem)}-growth-{slug(growth.noun)}", f"{growth.stem}: {growth.noun} against resolution",
+            "Method", [*headings, Heading("power")], rows,
+            "Power: the slope in log-log; 2 grows with the number of pixels, 4 with its square.",
+        ))  # fmt: skip
+    return tables
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """One perturbation on one data set: by method, (strength, AUROC, low, high) in order of strength.
+
+    ``strength`` is the severity of a corruption, and of an attack the budget in grey levels of 255. ``low`` and
+    ``high`` are None for a mean over several cells.
+    """
+
+    dataset: str
+    kind: str
+    perturbation: str
+    curves: dict[str, list[tuple[float, Cell]]]
+
+    @property
+    def axis(self) -> str:
+        """What strength is."""
+        return "Severity" if self.kind == "corruption" else "Budget (grey levels of 255)"
+
+
+def robustness(benchmark: Benchmark, rows: Sequence[RobustnessRow]) -> list[Robustness]:
+    """Means over the cells of a data set; the unchanged images are strength 0 of everything."""
+    order = {name: i for i, name in enumerate(benchmark.methods)}
+    found: dict[tuple[str, str, str], dict[str, dict[float, list[RobustnessRow]]]] = {}
+    for row in rows:
+        curves = found.setdefault((row.dataset, row.kind, row.perturbation), {})
+        curves.setdefault(row.detector, {}).setdefault(_strength(row), []).append(row)
+    panels = []
+    for (dataset, kind, perturbation), curves in sorted(found.items(), key=lambda i: (natural(i[0][0]), *i[0])):
+        lines = {}
+        for method in sorted(curves, key=lambda name: (order.get(name, len(order)), natural(name))):
+            by_strength = curves[method]
+            if 0.0 not in by_strength and (clean := _clean(benchmark, dataset, method, by_strength)):
+                lines[method] = [(0.0, summarise(clean))]
+            lines.setdefault(method, [])
+            lines[method] += [(at, summarise([row.auroc for row in by_strength[at]])) for at in sorted(by_strength)]
+        panels.append(Robustness(dataset, kind, perturbation, lines))
+    return panels
+
+
+def _strength(row: RobustnessRow) -> float:
+    return float(row.severity) if row.budget is None else round(row.budget * 127.5, 3)
+
+
+def _clean(
+    benchmark: Benchmark, dataset: str, method: str, by_strength: dict[float, list[RobustnessRow]]
+) -> list[Estimate]:
+    """AUROC on unchanged images of the same cells and as many images, where the evaluation has them."""
+    if dataset not in benchmark.datasets:
+        return []
+    cells = {(r.category, r.seed, r.num_normal, r.num_anomalous) for rows in by_strength.values() for r in rows}
+    found = [
+        row.metrics["auroc"] for row in benchmark.rows(dataset, method)
+        if (row.category, row.seed, row.num_normal, row.num_anomalous) in cells
+    ]  # fmt: skip
+    return found if len(found) == len(cells) else []
+
+
+def robustness_tables(benchmark: Benchmark, panels: Sequence[Robustness]) -> list[Table]:
+    """Per data set and kind: perturbation and strength by methods."""
+    tables = []
+    for dataset, kind in dict.fromkeys((panel.dataset, panel.kind) for panel in panels):
+        chosen = [panel for panel in panels if (panel.dataset, panel.kind) == (dataset, kind)]
+        methods = list(dict.fromkeys(method for panel in chosen for method in panel.curves))
+        rows = []
+        for panel in chosen:
+            curves = {method: dict(points) for method, points in panel.curves.items()}
+            for at in sorted({strength for points in curves.values() for strength in points}):
+                cells = [curves.get(method, {}).get(at, Cell()) for method in methods]
+                rows.append(Row(f"{panel.perturbation} {at:g}", mark_best(cells, 1)))
+        noun = "changes of the images" if kind == "corruption" else "attacks"
+        strength = "severity (0: unchanged)" if kind == "corruption" else "budget in grey levels of 255"
+        changed = (
+            "Normal and anomalous images are changed alike." if kind == "corruption" else
+            "The attack lowers the scores of anomalous images and raises those of normal ones."
+        )  # fmt: skip
+        tables.append(Table(
+            f"{slug(dataset)}-robustness-{kind}", f"{dataset}: AUROC under {noun}", f"{kind.capitalize()}, {strength}",
+            [Heading(method) for method in methods], rows,
+            f"{changed} Small figures: ± one standard deviation over cells (categories and seeds), or the 95\u00a0%"
+            " interval over test images of a single one. Best of each row in bold.",
+        ))  # fmt: skip
+    return tables

@@ -1,0 +1,99 @@
+"""What a benchmark found, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from raydiff.report import words
+from raydiff.report.benchmark_data import Benchmark
+from raydiff.report.benchmark_tables import Verdict
+
+__all__ = ["GLOSSARY", "lead", "listed", "pretrained_notes", "summary", "verdict"]
+
+GLOSSARY = {
+    name: words.GLOSSARY[name]
+    for name in ("AUROC", "AP", "F1-max", "FPR at 95 % TPR", "TPR at 5 % FPR", "FPR and TPR at the threshold", "AUPRO",
+                 "NFE")
+} | {
+    "p, Holm": "the p-value times a factor that keeps the chance of any false claim in the table below 5 %"
+    " (Holm 1979)",
+    "Average rank": "methods are ranked on each block, 1 is best, and the ranks averaged (Demsar 2006)",
+    "Critical difference": "average ranks that lie closer cannot be told apart by Nemenyi's test at 0.05",
+    "Seed": "a training from other random weights, order and noise; the test images stay the same",
+    "p": words.GLOSSARY["p"],
+    "Heat map": words.GLOSSARY["Heat map"],
+}  # fmt: skip
+
+
+def listed(names: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def lead(benchmark: Benchmark) -> str:
+    """What was run."""
+    rows = [evaluation.rows[0] for evaluation in benchmark.evaluations]
+    cells = {(row.dataset, row.category) for row in rows}
+    seeds = sorted({row.seed for row in rows})
+    counts = [
+        words.count(len(benchmark.methods), "method"), words.count(len(benchmark.datasets), "data set"),
+        f"{len(cells)} {'category' if len(cells) == 1 else 'categories'}", words.count(len(seeds), "seed"),
+    ]  # fmt: skip
+    networks = words.count(len(benchmark.diffusion), "method")
+    classics = listed(benchmark.classics) if benchmark.classics else "none"
+    return (
+        f"{listed(counts)}: {words.count(len(rows), 'measured cell')}. {networks} evaluate a network;"
+        f" the classic methods the others are held against: {classics}."
+    ).replace("1 method evaluate a", "1 method evaluates a")
+
+
+def summary(benchmark: Benchmark, dataset: str, found: Sequence[Verdict]) -> str:
+    """Who leads, and who wins, loses or cannot be told apart from the best classic method."""
+    expected = len(benchmark.categories(dataset))
+    scores = [(m, benchmark.score(dataset, m)) for m in benchmark.methods_of(dataset)]
+    whole = [(s.mean, s, m) for m, s in scores if s is not None and s.num_categories == expected]
+    sentences = []
+    if whole:
+        mean, score, best = max(whole, key=lambda item: item[0])
+        spread = "" if score.spread is None else f", ± {score.spread:.3f} over {score.num_seeds} seeds"
+        marked = ", which uses pretrained weights" if best in benchmark.pretrained else ""
+        sentences.append(f"The highest mean AUROC is that of {best}{marked}: {mean:.3f}{spread}.")
+        scratch = [item for item in whole if item[2] not in benchmark.pretrained]
+        if marked and scratch:
+            mean, _, name = max(scratch, key=lambda item: item[0])
+            sentences.append(f"The highest without pretrained weights is that of {name}: {mean:.3f}.")
+    return " ".join([*sentences, *verdict(benchmark, found)])
+
+
+def verdict(benchmark: Benchmark, found: Sequence[Verdict]) -> list[str]:
+    """One sentence for each outcome, or why there is none."""
+    if not found:
+        why = "no classic method ran on the same images" if benchmark.classics else "no classic method is among them"
+        return [f"No comparison with a classic method: {why}."]
+    said = {
+        1: "Above the best classic method of each category and seed",
+        -1: "Below it"
+        if any(v.outcome == 1 for v in found)
+        else "Below the best classic method of each category and seed",
+        0: "Not told apart from it",
+    }
+    if all(v.outcome == 0 for v in found):
+        said[0] = "Not told apart from the best classic method of each category and seed"
+    sentences = []
+    for outcome, beginning in said.items():
+        members = sorted((v for v in found if v.outcome == outcome), key=lambda v: -v.against.difference.estimate.value)
+        if members:
+            names = [f"{v.against.method} ({v.against.difference.estimate.value:+.3f})" for v in members]
+            sentences.append(f"{beginning}: {listed(names)}.".replace("(-", "(−"))
+    return sentences
+
+
+def pretrained_notes(benchmark: Benchmark) -> list[str]:
+    """The footnotes of the dagger: which weights, used by whom."""
+    by_weights: dict[tuple[str, ...], list[str]] = {}
+    for method in benchmark.methods:
+        if method in benchmark.pretrained:
+            by_weights.setdefault(benchmark.pretrained[method], []).append(method)
+    return [
+        f"† uses pretrained weights {listed(weights)}: {listed(methods)}." for weights, methods in by_weights.items()
+    ]
