@@ -1,4 +1,4 @@
-"""``raydiff``: prepare, fit, evaluate, score, report, demo.
+"""``raydiff``: prepare, fit, evaluate, score, benchmark, report, demo.
 
 Exit codes: 0 done, 1 a run failed, 2 the command or the config cannot be used, 130 interrupted. Errors are one line;
 ``--debug`` adds the traceback. Each command imports what it needs when it runs, so that ``--help`` is quick.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from raydiff.errors import ConfigError, RaydiffError
+from raydiff.errors import ConfigError, RaydiffError, WorkerError
 
 if TYPE_CHECKING:
     from raydiff.config import DataConfig, ExperimentConfig
@@ -77,19 +77,29 @@ _config = click.argument("config", required=False, type=_Folder())
 
 
 @main.command()
-@_config
-@click.option("--dataset", metavar="NAME", help="Short for --set data.dataset=NAME.")
+@click.argument("what", required=False, metavar="[NAME|CONFIG]")
 @click.option("--source", metavar="PATH", help="Where the data set's files lie.")
-@click.option("--out", required=True, metavar="PLACE", help="A folder, or s3://bucket/path.")
+@click.option("--download", type=_Folder(), metavar="DIR", help="Fetch the files into DIR first, and use them.")
+@click.option("--out", metavar="PLACE", help="A folder, or s3://bucket/path [shards/NAME].")
 @_set
-def prepare(config: Path | None, dataset: str | None, source: str | None, out: str, overrides: Sequence[str]) -> None:
-    """Write a data set as Parquet shards, split into train, calibration and test.
+def prepare(
+    what: str | None, source: str | None, download: Path | None, out: str | None, overrides: Sequence[str]
+) -> None:
+    r"""Write a data set as Parquet shards, split into train, calibration and test.
 
-    Finished shards are kept, so an interrupted call goes on where it stopped.
+    Takes a data set's name or a config. Finished shards are kept, so an interrupted call goes on where it stopped.
+
+    \b
+    raydiff prepare mnist --download ~/data --set data.dataset.normal=3
+    raydiff prepare mvtec_ad --source ~/mvtec --set data.dataset.categories=screw
     """
-    named = [f"data.dataset={dataset}"] if dataset else []
-    placed = [f"data.dataset.source={source}"] if source else []
-    shards = _prepared(_load(config, [*named, *placed, *overrides]).data, out)
+    from raydiff.shards import ShardSet
+
+    data = _data_of(what, source, download, overrides)
+    place = out or data.shards or str(Path("shards") / data.dataset.name)
+    if out is None and ShardSet.is_finished(place):
+        ShardSet.open(place).check(data)  # a default place may hold other data: it is not replaced unasked
+    shards = _prepared(data, place)
     click.echo(
         f"{shards.uri}: {shards.count('train')} train, {shards.count('calibration')} calibration,"
         f" {shards.count('test')} test images; data digest {shards.digest[:12]}"
@@ -185,6 +195,72 @@ def report(results: Path, out: Path | None, title: str) -> None:
 
 
 @main.command()
+@click.argument("suite", type=_Folder())
+@click.option("--data", type=_Folder(), metavar="DIR", help="Where relative paths of data sets begin [here].")
+@click.option("--out", type=_Folder(), metavar="DIR", help="The benchmark's folder [runs/SUITE].")
+@click.option("--only", metavar="GLOB", help="Only cells whose method/dataset/category/seed match.")
+@click.option("--dry-run", is_flag=True, help="List cells and trainings, and which are done; run nothing.")
+@click.option("--serial", is_flag=True, help="In this process, one cell after the other, without Ray.")
+@click.option("--num-workers", type=click.IntRange(min=1), metavar="N", help="Tasks at a time, at most [what fits].")
+def benchmark(
+    suite: Path, data: Path | None, out: Path | None, only: str | None, dry_run: bool, serial: bool,
+    num_workers: int | None,
+) -> None:  # fmt: skip
+    r"""Run every method of a suite on every data set, category and seed, and write the report.
+
+    A finished cell is never run again, so the same command goes on after an interruption. A cell that fails is
+    reported and does not stop the others.
+
+    \b
+    raydiff benchmark examples/suites/quick.yaml
+    raydiff benchmark examples/suites/cifar10.yaml --data /data --only "*/cifar10/ship/*"
+    """
+    from contextlib import ExitStack
+
+    from raydiff.benchmark import plan as lay_out
+    from raydiff.benchmark import run_benchmark
+    from raydiff.benchmark_command import failures, listing, progress_line, table, write_report
+    from raydiff.tasks import SerialWorkers, Task, Workers
+
+    everything = lay_out(suite, data)
+    wanted = everything.only(only) if only else everything
+    place = (out or Path("runs") / suite.stem).resolve()
+    if dry_run:
+        click.echo(listing(wanted, place))
+        return
+    command = shlex.join(["raydiff", *sys.argv[1:]])
+    with ExitStack() as stack:
+
+        def on_ray(tasks: Sequence[Task]) -> Workers:
+            from raydiff.distributed.benchmark import RayWorkers
+            from raydiff.distributed.cluster import connect
+
+            stack.enter_context(connect(num_cpus=num_workers, spare_cpus=0))
+            return RayWorkers(tasks, num_workers=num_workers)
+
+        try:
+            result = run_benchmark(
+                wanted, place, SerialWorkers if serial else on_ray, command=command,
+                on_progress=lambda progress: click.echo(progress_line(progress), err=True),
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            click.echo(f"\nInterrupted; finished cells are kept. Go on with: {command}", err=True)
+            sys.exit(130)
+    written = write_report(everything, place)
+    if written is not None:
+        click.echo(table(everything, written[0]))
+        click.echo(f"results: {place / 'results.jsonl'}\nreport: {written[1]}")
+    click.echo(f"{len(result.finished)} cells run now, {result.num_before} were done before")
+    if result.failed:
+        for line in failures(result):
+            click.echo(line, err=True)
+        raise WorkerError(
+            f"{len(result.failed)} task(s) failed; tracebacks are in {place / 'failures.jsonl'}; the same command tries"
+            " them again"
+        )
+
+
+@main.command()
 @click.option("--data", default="digits", show_default=True, metavar="NAME_OR_PATH", help="Or your own folder.")
 @click.option("--source", metavar="PATH", help="Where the files of a named data set lie.")
 @click.option("--out", type=_Folder(), metavar="DIR", help="[the first free of runs/demo, runs/demo-2 ...]")
@@ -217,6 +293,42 @@ def _load(config: Path | None, overrides: Sequence[str]) -> ExperimentConfig:
     from raydiff.config import ExperimentConfig, load_config
 
     return load_config(config, overrides) if config is not None else ExperimentConfig().override(overrides)
+
+
+def _data_of(what: str | None, source: str | None, download: Path | None, overrides: Sequence[str]) -> DataConfig:
+    """The data section meant by a data set's name or a config, with its files fetched where that is asked for."""
+    from raydiff import registry
+
+    if source is not None and download is not None:
+        raise ConfigError("--source and --download both say where the files are; give one of them")
+    named = what if what in registry.names("datasets") and not Path(what).is_file() else None
+    if what is not None and named is None and not Path(what).suffix and not Path(what).exists():
+        known = registry.names("datasets")
+        raise ConfigError(f"{what}: is neither a config file nor a data set's name; {registry.nearest(what, known)}")
+    if download is not None:
+        if named is None:
+            raise ConfigError("--download needs a data set's name: raydiff prepare NAME --download DIR")
+        source = str(_fetched(named, download))
+    changes = [f"data.dataset={named}"] if named else []
+    changes += [f"data.dataset.source={source}"] if source else []
+    config = None if named or what is None else Path(what)
+    return _load(config, [*changes, *overrides]).data
+
+
+def _fetched(name: str, folder: Path) -> Path:
+    """The ``source`` that a data set's own downloader gives."""
+    from raydiff import registry
+
+    module = registry.component("datasets", name)
+    if hasattr(module, "download"):
+        source: Path = module.download(folder)
+        return source
+    if hasattr(module, "PUBLISHED"):
+        raise ConfigError(
+            f"--download: nothing here can fetch {name}; {module.PUBLISHED}; fetch it by hand and run raydiff prepare"
+            f" {name} --source PATH"
+        )
+    raise ConfigError(f"--download: {name} is not a data set that is published somewhere; leave --download out")
 
 
 def _prepared(data: DataConfig, place: str) -> ShardSet:

@@ -272,13 +272,13 @@ def candidates(value: Any, annotation: Any) -> list[Any]:
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int):
-        return [value + 1, value * 2, value - 1, *get_args(annotation)]
+        return [value + 1, value + 2, value * 2, value - 1, *get_args(annotation)]
     if isinstance(value, float):
         return [value / 2, value * 1.01, value + 0.01]
     if isinstance(value, tuple):
-        return [tuple(v * 2 for v in value), *([str(v)] for v in range(1, 3)), ["cat"], value[:1], []]
+        return [tuple(v * 2 for v in value), *([str(v)] for v in range(1, 3)), ["cat"], ["screw"], value[:1], []]
     literals = [choice for arg in (annotation, *get_args(annotation)) for choice in get_args(arg)]
-    return [*(choice for choice in literals if choice != value), "elsewhere", 7]
+    return [*(choice for choice in literals if choice != value), "elsewhere", 7, 384]
 
 
 def perturbed(config: ExperimentConfig, path: str, value: Any) -> ExperimentConfig:

@@ -1,6 +1,7 @@
 """The shipped checks catch what they promise to catch, and the oracle is the best denoiser there is."""
 
 import pickle
+import struct
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Literal
@@ -115,7 +116,45 @@ def write_cifar10(path):
     return {"source": str(path)}
 
 
-SOURCES = {"folder": write_folder, "cifar10": write_cifar10}
+def write_mnist(path):
+    for part, count in (("train", 30), ("t10k", 20)):
+        pixels = to_uint8(small_images(count, (28, 28)))[..., 0]
+        (path / f"{part}-images-idx3-ubyte").write_bytes(
+            struct.pack(">4I", 0x803, count, 28, 28) + np.ascontiguousarray(pixels).tobytes()
+        )
+        labels = struct.pack(">2I", 0x801, count) + bytes(i % 10 for i in range(count))
+        (path / f"{part}-labels-idx1-ubyte").write_bytes(labels)
+    return {"source": str(path), "check_counts": False}
+
+
+def write_mnist_c(path):
+    pixels = to_uint8(small_images(20, (28, 28)))
+    for i, name in enumerate(["identity", *registry.component("datasets", "mnist_c").CORRUPTIONS]):
+        (path / "mnist_c" / name).mkdir(parents=True)
+        for part in ("train", "test") if name == "identity" else ("test",):
+            np.save(path / "mnist_c" / name / f"{part}_images.npy", np.roll(pixels, i, axis=1))
+            np.save(path / "mnist_c" / name / f"{part}_labels.npy", np.arange(20) % 10)
+    return {"source": str(path)}
+
+
+def write_mvtec_ad(path):
+    for category in ("screw", "tile"):
+        write_folder(path / category)
+    return {"source": str(path), "check_counts": False}
+
+
+def write_class_folders(path):
+    images = to_uint8(small_images(12, (24, 20), 3))
+    for i, where in enumerate(f"{part}/n0{label}" for part in ("train", "val") for label in range(3) for _ in range(2)):
+        (path / where).mkdir(parents=True, exist_ok=True)
+        (path / where / f"{i}.png").write_bytes(encode_png(images[i]))
+    return {"source": str(path), "normal": ["n00", "n02"]}
+
+
+SOURCES = {
+    "folder": write_folder, "cifar10": write_cifar10, "mnist": write_mnist, "mnist_c": write_mnist_c,
+    "mvtec_ad": write_mvtec_ad, "mini_imagenet": write_class_folders, "imagenet_folder": write_class_folders,
+}  # fmt: skip
 """How to make a small source for the data sets that need files; the others are tested as they are."""
 
 

@@ -13,7 +13,6 @@ Any other folder of images is a plain folder: every image in it, at any depth, i
 from __future__ import annotations
 
 import os
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +23,7 @@ from raydiff.config import Options as BaseOptions
 from raydiff.contracts import Entry
 from raydiff.core.diffusion import keyed_seed
 from raydiff.datasets._fingerprint import fingerprint
+from raydiff.datasets._mvtec_layout import DiskFiles, MvtecLayout
 from raydiff.errors import ConfigError, DataError
 from raydiff.images import SUFFIXES, images_in
 
@@ -57,33 +57,21 @@ class FolderDataset:
     def entries(self) -> list[Entry]:
         """Training images, then test images, each sorted by path."""
         if (self.root / "train").is_dir() or (self.root / "test").is_dir():
-            return self._mvtec_entries()
+            return self._layout.entries()
         return self._plain_entries()
 
     def read(self, entry: Entry) -> tuple[bytes, bytes | None]:
         """The image's file, and its mask's where it is anomalous and there are masks."""
-        image = _read_file(self.source / entry.image_id)
-        if not entry.is_anomaly or not (self.root / "ground_truth").is_dir():
-            return image, None
-        return image, _read_file(self._mask_path(entry.defect, Path(entry.image_id)))
+        return self._layout.read(entry)
 
-    def _mvtec_entries(self) -> list[Entry]:
-        train = [self._entry(path, "train", "good") for path in images_in(self.root / "train" / "good")]
-        if not train:
-            raise DataError(
-                f"{self.root / 'train' / 'good'}: holds no image ({', '.join(SUFFIXES)}); put the normal images there"
-            )
-        test_root = self.root / "test"
-        defects = sorted(path.name for path in test_root.iterdir() if path.is_dir()) if test_root.is_dir() else []
-        test = [
-            self._entry(path, "test", defect)
-            for defect in defects
-            if not defect.startswith(".")
-            for path in images_in(test_root / defect)
-        ]
-        if (self.root / "ground_truth").is_dir():
-            self._check_masks([entry for entry in test if entry.is_anomaly])
-        return train + test
+    @property
+    def _layout(self) -> MvtecLayout:
+        prefix = f"{self.category}/" if self.category else ""
+        return MvtecLayout(DiskFiles(self.root), self._class_name, prefix)
+
+    @property
+    def _class_name(self) -> str:
+        return self.category or self.source.name or "images"
 
     def _plain_entries(self) -> list[Entry]:
         paths = images_in(self.root)
@@ -92,52 +80,17 @@ class FolderDataset:
                 f"{self.root}: holds no image ({', '.join(SUFFIXES)}); give a folder of normal images, or one with "
                 f"train/good, test/<defect> and ground_truth"
             )
-        entries = [self._entry(path, "train", "good") for path in paths]
+        entries = [self._entry(path, "train") for path in paths]
         order = sorted(entries, key=lambda entry: keyed_seed("folder", entry.image_id))
         count = max(1, round(self.test_fraction * len(entries))) if self.test_fraction else 0
         held_out = {entry.image_id for entry in order[:count]}
-        test = [self._entry(self.source / name, "test", "good") for name in sorted(held_out)]
+        test = [self._entry(self.source / name, "test") for name in sorted(held_out)]
         return [entry for entry in entries if entry.image_id not in held_out] + test
 
-    def _entry(self, path: Path, split: Literal["train", "test"], defect: str) -> Entry:
+    def _entry(self, path: Path, split: Literal["train", "test"]) -> Entry:
         image_id = path.relative_to(self.source).as_posix()
-        return Entry(
-            image_id=image_id,
-            split=split,
-            class_name=self.category or self.source.name or "images",
-            defect=defect,
-            is_anomaly=defect != "good",
-            size=path.stat().st_size,
-            fingerprint=f"{fingerprint(path)} {self._mask_fingerprint(defect, Path(image_id))}",
-        )
-
-    def _mask_fingerprint(self, defect: str, image: Path) -> str:
-        """Empty where there is no mask."""
-        if defect == "good":
-            return ""
-        mask = self._mask_path(defect, image)
-        return fingerprint(mask) if mask.is_file() else ""
-
-    def _mask_path(self, defect: str, image: Path) -> Path:
-        below = (self.source / image).relative_to(self.root / "test" / defect).parent
-        return self.root / "ground_truth" / defect / below / f"{image.stem}_mask.png"
-
-    def _check_masks(self, anomalous: list[Entry]) -> None:
-        """One mask for each anomalous image and one image for each mask, or an error that names the first at fault."""
-        masks = [self._mask_path(entry.defect, Path(entry.image_id)) for entry in anomalous]
-        missing = [index for index, mask in enumerate(masks) if not mask.is_file()]
-        if missing:
-            first = missing[0]
-            raise DataError(
-                f"{masks[first]}: the mask of {anomalous[first].image_id} is missing ({len(missing)} of {len(masks)} "
-                f"are); add them, or move the ground_truth folder away to work without masks"
-            )
-        shared = [mask for mask, count in Counter(masks).items() if count > 1]
-        if shared:
-            both = [entry.image_id for entry, mask in zip(anomalous, masks, strict=True) if mask == shared[0]]
-            raise DataError(
-                f"{shared[0]}: is the mask of {' and of '.join(both)}; rename one of the images and its mask"
-            )
+        size, version = path.stat().st_size, f"{fingerprint(path)} "
+        return Entry(image_id, split, self._class_name, "good", False, size, version)
 
 
 def build(options: Options) -> FolderDataset:
@@ -172,10 +125,3 @@ def _check_category(dataset: FolderDataset) -> None:
         raise ConfigError(
             f"{dataset.source}: holds one folder per category; set data.dataset.category to one of: {listed}"
         )
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); restore the file and prepare again") from error

@@ -134,9 +134,10 @@ def plan_shards(entries: Sequence[Entry], data: DataConfig) -> list[ShardPlan]:
     """Spread a data set over shards, cutting the calibration split from the training images.
 
     ``data.max_train_images`` and ``data.max_test_images`` choose first: see :func:`_limited_train` and
-    :func:`_limited_test`. Per class, exactly ``round(calibration_fraction * n)`` of the n training images (at least one) are set aside: those
-    that come first in an order keyed by (split_seed, image_id). Training and calibration images are stored in keyed
-    order too, so that every row group is a fair sample; test images stay in the data set's order.
+    :func:`_limited_test`. Per class, exactly ``round(calibration_fraction * n)`` of the n training images (at least
+    one) are set aside: those that come first in an order keyed by (split_seed, image_id). Training and calibration
+    images are stored in keyed order too, so that every row group is a fair sample; test images stay in the data set's
+    order.
 
     Raises:
         DataError: no training images, too few of a class, an anomalous one among them, or two images with one id.

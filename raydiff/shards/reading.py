@@ -29,6 +29,7 @@ __all__ = ["GroupReader", "LabelledImages", "ShardSet", "StoredImage"]
 
 _logger = logging.getLogger(__name__)
 _MAX_OPEN_FILES = 16
+_PLACES = ("source", "mnist")  # options of data sets that say where files lie
 _REMEDY = "run raydiff prepare again"
 
 
@@ -173,7 +174,7 @@ class ShardSet:
     def check(self, data: DataConfig) -> None:
         """Refuse shards that were made for another config; needs the config alone, not the data set's files.
 
-        Where the files lay (``data.dataset.source``) is left out: shards made on one machine serve on another.
+        Where the files lay (``data.dataset.source``, say) is left out: shards made on one machine serve on another.
 
         Raises:
             DataError: names the first field that differs.
@@ -196,7 +197,7 @@ class ShardSet:
 
     def _check_dataset(self, data: DataConfig) -> None:
         asked, made = recorded_fields(data)["dataset"], self.data["dataset"]
-        others = sorted((asked.keys() | made.keys()) - {"name", "source"})
+        others = sorted((asked.keys() | made.keys()) - {"name", *_PLACES})
         for option in ("name", *others):  # of another data set, the name says more than any option
             if made.get(option) != asked.get(option):
                 raise self._mismatch(f"dataset.{option}", made.get(option), asked.get(option))
