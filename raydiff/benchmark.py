@@ -50,7 +50,6 @@ __all__ = [
     "Benchmark",
     "Cell",
     "Plan",
-    "check_unfinished",
     "finished_cells",
     "is_trained",
     "plan",
@@ -93,7 +92,7 @@ def finished_cells(out: Path) -> set[str]:
 def run_benchmark(
     plan: Plan,
     out: Path,
-    workers: Workers | None = None,
+    workers: Callable[[Sequence[Task]], Workers] = SerialWorkers,
     *,
     command: str | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
@@ -103,21 +102,24 @@ def run_benchmark(
     Args:
         plan: of the whole suite, or a part.
         out: a folder that every worker can reach.
-        workers: this process by default.
+        workers: given what is to be done, who does it; called when all has been checked, and not when nothing is left.
         command: the command line, for the record.
         on_progress: called after each task.
 
     Raises:
-        ConfigError, DataError: see :func:`raydiff.preflight.check`; before anything runs.
+        ConfigError, DataError: see :func:`raydiff.preflight.check`; before anything runs. So does what ``workers``
+            raises.
         StorageError: the rows cannot be written.
     """
-    out, workers = out.resolve(), workers or SerialWorkers()
+    out = out.resolve()
     done = finished_cells(out)
     tasks = tasks_of(plan, out, done, command=command)
-    check_unfinished(plan, out, tasks)
     cells = {cell.cell_id: cell for cell in plan.cells}
     result = Benchmark(sum(cell in done for cell in cells))
-    for progress in drive(tasks, workers):
+    if not tasks:
+        return result
+    _check_unfinished(plan, out, tasks)
+    for progress in drive(tasks, workers(tasks)):
         task, outcome = progress.task, progress.outcome
         if outcome.failure is not None:
             result.failed[task.name] = outcome.failure
@@ -132,7 +134,7 @@ def run_benchmark(
     return result
 
 
-def check_unfinished(plan: Plan, out: Path, tasks: Sequence[Task]) -> None:
+def _check_unfinished(plan: Plan, out: Path, tasks: Sequence[Task]) -> None:
     """:func:`raydiff.preflight.check` of the cells that tasks are about."""
     unfinished = {task.key for task in tasks}
     wanted = [cell for cell in plan.cells if {cell.cell_id, _robustness_key(cell)} & unfinished]

@@ -27,7 +27,7 @@ from raydiff.images import to_tensor
 
 __all__ = ["Cost", "measure_cost"]
 
-_SECONDS, _MAX_REPEATS = 1.0, 20
+_SECONDS, _MAX_REPEATS = 0.5, 20
 _SAMPLE_S = 0.002
 _STATM = Path("/proc/self/statm")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -227,7 +227,7 @@ def read_results(path: str | Path) -> list[Result]:
     return [row for evaluation in _read_runs(path) for row in evaluation.rows]
 
 
-def _read_runs(path: str | Path) -> list[Evaluation]:
+def _read_runs(path: str | Path, cells: Collection[str] | None = None) -> list[Evaluation]:
     """The latest runs without their predictions."""
     try:
         lines = list(read_lines(path))
@@ -244,6 +244,8 @@ def _read_runs(path: str | Path) -> list[Evaluation]:
         raise DataError(f"{path}: holds no results; run raydiff evaluate to add some")
     runs: dict[str, list[Result]] = {}
     for row in rows.values():
+        if cells is not None and row.cell not in cells:
+            continue
         runs.setdefault(row.run, []).append(row)
     return latest(
         Evaluation(sorted(members, key=lambda row: row.subset_kind != "all"), None, []) for members in runs.values()
@@ -287,8 +289,10 @@ def save_evaluations(path: str | Path, evaluations: Sequence[Evaluation]) -> Non
         append_results(path, [*evaluation.rows[1:], evaluation.rows[0]])  # that of subset "all" says: the run is whole
 
 
-def load_evaluations(path: str | Path) -> list[Evaluation]:
+def load_evaluations(path: str | Path, *, cells: Collection[str] | None = None) -> list[Evaluation]:
     """The runs of a ``results.jsonl`` in order, each with its predictions where the file beside it exists.
+
+    With ``cells`` only the runs of these benchmark cells, as if there were no others.
 
     Of runs with equal detector, data set, category and seed only the last; see :func:`latest`.
 
@@ -296,7 +300,7 @@ def load_evaluations(path: str | Path) -> list[Evaluation]:
         DataError: as :func:`read_results`, or a predictions file cannot be read.
     """
     evaluations = []
-    for bare in _read_runs(path):
+    for bare in _read_runs(path, cells):
         sidecar = _sidecar(path, bare.rows[0].run)
         predictions, pictures = read_predictions(sidecar) if sidecar.exists() else (None, [])
         evaluations.append(replace(bare, predictions=predictions, pictures=pictures))

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from raydiff.errors import ConfigError
 from raydiff.suite import Resources
 
 __all__ = ["Failure", "Kind", "Outcome", "Progress", "SerialWorkers", "Task", "Workers", "drive", "perform"]
@@ -81,7 +82,19 @@ class SerialWorkers:
 
     num_slots = num_parallel = 1
 
-    def __init__(self) -> None:
+    def __init__(self, tasks: Sequence[Task] = ()) -> None:
+        """For these tasks.
+
+        Raises:
+            ConfigError: one asks for a GPU and there is none here.
+        """
+        num_gpus = torch.cuda.device_count()
+        for task in tasks:
+            if task.resources.num_gpus > num_gpus:
+                raise ConfigError(
+                    f"{task.name}: resources ask for {task.resources.num_gpus:g} GPU and there are {num_gpus} here; set"
+                    " num_gpus to 0, or run on a machine with one"
+                )
         self._waiting: deque[Task] = deque()
 
     def submit(self, task: Task) -> None:

@@ -78,11 +78,12 @@ def progress_line(metrics: Mapping[str, Any], num_steps: int, batch_size: int) -
         parts.append(f"held-out {metrics['held_out_loss']:.4f}")
     parts.append(f"{metrics['images_per_second']:.0f} images/s")
     if step < num_steps:
-        parts.append(f"{_clock((num_steps - step) * batch_size / metrics['images_per_second'])} left")
+        parts.append(f"{clock((num_steps - step) * batch_size / metrics['images_per_second'])} left")
     return "  ".join(parts)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Minutes and seconds, with hours where there are any."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
