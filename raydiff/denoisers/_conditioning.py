@@ -33,8 +33,8 @@ class Conditioning(nn.Module):
         self.num_classes, self.num_frequencies = num_classes, num_frequencies
         self.step = nn.Sequential(nn.Linear(num_frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.label = None if num_classes is None else nn.Embedding(num_classes + 1, dim)
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else nn.init.zeros_(parameter)
+        for parameter in self.step.parameters():  # not the paper's 0.02: short training would hardly see the step
+            nn.init.kaiming_normal_(parameter) if parameter.ndim > 1 else nn.init.zeros_(parameter)
 
     def forward(self, t: Tensor, condition: Tensor | None) -> Tensor:
         """Embed steps (B,) and labels (B,); ``condition`` None is "no label". Returns (B, D).
@@ -42,12 +42,12 @@ class Conditioning(nn.Module):
         Raises:
             ShapeError: there are labels and the network was built without.
         """
-        weight = self.step[0].weight
+        weight = next(self.step.parameters())
         embedded: Tensor = self.step(sine_cosine_steps(t, self.num_frequencies).to(weight))
         if self.label is not None and self.num_classes is not None:
             labels = torch.full_like(t, self.num_classes) if condition is None else condition
-            return embedded + self.label(labels)
-        if condition is not None:
+            embedded = embedded + self.label(labels)
+        elif condition is not None:
             raise ShapeError("labels were given to a denoiser without; leave them out or set objective.condition")
         return embedded
 
