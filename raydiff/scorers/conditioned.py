@@ -28,7 +28,10 @@ class Options(JudgeOptions):
     start_step: float = Field(0.3, gt=0, le=1, description="t*, as a share of T")
     num_inference_steps: int = Field(5, ge=1, description="k, denoising steps from t* to the image")
     start: Literal["noised", "clean"] = Field("noised", description="diffuse to t*, or only scale the clean image")
-    weight: float = Field(1.0, ge=0, description="w, how strongly the image steers; 0 is a plain reconstruction")
+    weight: float = Field(
+        2.0, ge=0, description="w, how strongly the image steers; 0 is a plain reconstruction, and above"
+        " sqrt(abar) / (1 - abar) at t* it overshoots"
+    )  # fmt: skip
     error: Literal["squared", "absolute"] = "squared"
 
 
