@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -28,6 +28,8 @@ from raydiff.errors import ArtifactError, ConfigError, RaydiffError
 
 __all__ = ["FeatureSpace", "Options", "build"]
 
+Side = Annotated[int, Field(ge=1)]
+
 _TINY = 1e-3
 """Axes of less variance than this share of the first one's are divided as if they had that much."""
 
@@ -37,7 +39,7 @@ class Options(BackboneOptions, BaseOptions):
 
     name: Literal["feature"] = "feature"
     backbone: str = Field("tf_efficientnet_lite2", description="a timm model that has intermediate feature maps")
-    grid: int | tuple[int, int] = Field(
+    grid: Side | tuple[Side, Side] = Field(
         16, description="image pixels per cell (each side rounded, at least one cell), or the grid's height and width"
     )
     num_components: int = Field(96, ge=1, description="principal axes kept: the channels of what is diffused")

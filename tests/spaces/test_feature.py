@@ -1,0 +1,100 @@
+"""Feature space: what the projection does to normal images, what it keeps of the backbone, what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from raydiff import backbone
+from raydiff.errors import ArtifactError, ConfigError, RaydiffError
+from raydiff.spaces.feature import FeatureSpace, Options, build
+from raydiff.testing import check_space, small_images
+
+SIZE = (32, 32)
+
+
+def fitted(**fields: object) -> FeatureSpace:
+    options = Options.model_validate({"backbone": "tf_efficientnet_lite0", "grid": 8, "num_components": 24} | fields)
+    space = build(options, channels=1, image_size=SIZE)
+    space.fit(small_images(64, SIZE, seed=1))
+    return space
+
+
+@pytest.fixture(scope="module")
+def space() -> FeatureSpace:
+    return fitted()
+
+
+def test_normal_images_have_mean_0_and_variance_1(space: FeatureSpace) -> None:
+    latents = space.encode(small_images(64, SIZE, seed=1))
+    assert latents.shape == (64, 24, 4, 4)
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(24), rtol=0, atol=1e-3)
+    assert float(latents.square().mean()) == pytest.approx(1, abs=1e-3)
+
+
+def test_whitening_lies_between_the_plain_axes_and_equal_ones() -> None:
+    """The ratio of the first axis' deviation to the twelfth's, to the power of 1 - whitening."""
+    ratios = []
+    for whitening in (0.0, 0.5, 1.0):
+        space = fitted(whitening=whitening, num_components=12)
+        deviation = space.encode(small_images(64, SIZE, seed=1)).std((0, 2, 3))
+        ratios.append(float(deviation[0] / deviation[-1]))
+    assert ratios[0] > 2
+    assert ratios[1] == pytest.approx(ratios[0] ** 0.5, rel=0.01)
+    assert ratios[2] == pytest.approx(1, rel=0.01)
+
+
+def test_axes_are_uncorrelated(space: FeatureSpace) -> None:
+    cells = space.encode(small_images(64, SIZE, seed=1)).movedim(1, -1).flatten(0, 2)  # (n, 24)
+    correlation = torch.corrcoef(cells.T) - torch.eye(24)
+    assert float(correlation.abs().max()) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("image_size", "grid", "expected"),
+    [((256, 256), 16, (16, 16)), ((8, 8), 16, (1, 1)), ((64, 20), 16, (4, 1)), ((256, 256), (12, 20), (12, 20))],
+)
+def test_the_grid(image_size: tuple[int, int], grid: int | tuple[int, int], expected: tuple[int, int]) -> None:
+    assert build(Options(grid=grid), channels=3, image_size=image_size).shape == (96, *expected)
+
+
+def test_rows_stand_alone_in_larger_images_with_other_options() -> None:
+    fields = {"grid": (5, 3), "levels": (0, 1), "num_components": 8, "num_fit_images": 8, "num_fit_cells": 50}
+    check_space("feature", image_size=(48, 32), channels=3, **fields, whitening=1.0)
+
+
+def test_gradients_flow_back_to_images(space: FeatureSpace) -> None:
+    images = small_images(2, SIZE).requires_grad_()
+    (gradient,) = torch.autograd.grad(space.encode(images)[0].square().sum(), images)
+    assert bool(gradient[0].any())
+    assert not bool(gradient[1].any())
+
+
+def test_it_fits_to_the_same_bits_twice(space: FeatureSpace) -> None:
+    again = fitted().state()
+    assert all(torch.equal(value, again[key]) for key, value in space.state().items())
+
+
+def test_it_names_its_weights_and_loads_without_them(space: FeatureSpace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbone, "_weights_path", lambda _: Path("/nowhere"))
+    restored = build(space.options, channels=1, image_size=SIZE)
+    restored.load_state(space.state())
+    assert torch.equal(restored.encode(small_images(3, SIZE)), space.encode(small_images(3, SIZE)))
+    assert restored.pretrained == "tf_efficientnet_lite0"
+
+
+def test_what_is_refused(space: FeatureSpace) -> None:
+    fresh = build(Options(num_components=193), channels=1, image_size=SIZE)
+    with pytest.raises(ConfigError, match=r"space.num_components is 193; levels .* have 192 channels together"):
+        fresh.check()
+    with pytest.raises(RaydiffError, match="has learnt nothing yet"):
+        fresh.encode(small_images(1, SIZE))
+    for state in ({}, space.state()):
+        with pytest.raises(ArtifactError, match="does not fit its options; fit it again"):
+            fresh.load_state(state)
+    for grid in (0, (0, 4)):
+        with pytest.raises(ValidationError, match="grid"):
+            Options.model_validate({"grid": grid})
