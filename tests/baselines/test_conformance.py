@@ -22,6 +22,8 @@ def test_baseline(name):
         ("copod", {"max_side": 5}),
         ("knn", {"n_neighbors": 1, "method": "largest", "max_train_images": 20}),
         ("knn", {"method": "median"}),
+        ("knn", {"features": "backbone", "levels": (0, 1)}),
+        ("patch_knn", {"levels": (1, 2), "reweight": True, "max_candidates": 500, "max_bank": 40, "blur": 0.0}),
     ],
 )
 def test_baseline_with_other_options(name, fields):

@@ -1,9 +1,9 @@
-"""What all pixel baselines share: down-sampling, the kept sample, and messages."""
+"""What all baselines on rows share: down-sampling, features, the kept sample, surrogates, and messages."""
 
 import pytest
 import torch
 
-from raydiff import registry
+from raydiff import backbone, registry
 from raydiff.errors import ArtifactError, DataError, RaydiffError, ShapeError
 from raydiff.testing import small_images
 
@@ -101,3 +101,47 @@ def test_identical_training_images_are_no_hazard(name):
     scores = baseline.score(images).image
     assert bool(scores.isfinite().all())
     assert scores[1] >= scores[0]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def on_features(request):
+    baseline = build(request.param, features="backbone", levels=(0, 2))
+    baseline.fit(small_images(40, (32, 32)))
+    return baseline
+
+
+def test_features_are_scored_as_they_are_after_a_restart(on_features, monkeypatch):
+    images, name = small_images(5, (32, 32), seed=1), on_features._options.name
+    expected = on_features.score(images).image
+    assert torch.equal(torch.cat([on_features.score(image[None]).image for image in images]), expected)
+    monkeypatch.setattr(backbone, "_weights_path", lambda _: pytest.fail("a file is read"))
+    restored = build(name, features="backbone", levels=(0, 2))
+    restored.load_state(on_features.state())
+    assert torch.equal(restored.score(images).image, expected)
+    assert restored.pretrained == "tf_efficientnet_lite0"
+    assert build(name).pretrained is None
+
+
+def test_rows_of_features_are_z_scored():
+    baseline = build("knn", features="backbone")
+    baseline.fit(small_images(40, (32, 32)))
+    sample = baseline.state()["sample"]
+    assert sample.shape == (40, 24 + 40 + 112)
+    torch.testing.assert_close(sample.mean(0), torch.zeros(176), rtol=0, atol=1e-4)
+    torch.testing.assert_close(sample.std(0, correction=0), torch.ones(176), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [("knn", {"method": "mean"}), ("knn", {"method": "largest"}), ("knn", {"method": "median", "n_neighbors": 4}),
+     ("knn", {"features": "backbone"}), ("ocsvm", {}), ("ocsvm", {"features": "backbone", "standardize": True})],
+)  # fmt: skip
+def test_a_surrogate_is_the_score_with_gradients(name, fields):
+    baseline = build(name, **fields)
+    baseline.fit(small_images(40, (32, 32)))
+    images = small_images(3, (32, 32), seed=1).requires_grad_()
+    surrogate = baseline.surrogate(images)
+    torch.testing.assert_close(surrogate.double(), baseline.score(images).image, rtol=1e-3, atol=1e-3)
+    (gradient,) = torch.autograd.grad(surrogate[0], images)
+    assert bool(gradient[0].any())
+    assert not bool(gradient[1:].any())
