@@ -18,6 +18,8 @@ __all__ = ["pgd"]
 
 _STEP_SHARE = 2.5  # of budget / num_steps: Madry et al.'s, enough to reach any corner of the ball and turn back
 
+_IMAGES_AT_ONCE = 8  # activations of every network evaluation of so many images are held for the gradient
+
 
 def pgd(
     detector: Detector,
@@ -63,7 +65,7 @@ def pgd(
         best, furthest = _further(best, furthest, point, value * wanted.flatten())
         point = (point + step * wanted * gradient.sign()).clamp(low, high)
     with torch.no_grad():
-        value = detector.surrogate(point)
+        value = torch.cat([detector.surrogate(few) for few in point.split(_IMAGES_AT_ONCE)])
     return _further(best, furthest, point, value * wanted.flatten())[0]
 
 
@@ -75,7 +77,12 @@ def _start(images: Tensor, budget: float, seed: int | None) -> Tensor:
 
 
 def _gradient(detector: Detector, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The surrogate (B,) and its gradient (B, C, H, W), each row's own."""
+    """The surrogate (B,) and its gradient (B, C, H, W), each row's own; a few images at a time, for memory."""
+    parts = [_gradient_of_few(detector, few) for few in images.split(_IMAGES_AT_ONCE)]
+    return torch.cat([value for value, _ in parts]), torch.cat([gradient for _, gradient in parts])
+
+
+def _gradient_of_few(detector: Detector, images: Tensor) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         point = images.detach().clone().requires_grad_()
         values = detector.surrogate(point)

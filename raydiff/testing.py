@@ -289,7 +289,7 @@ def _check_perturbed(
 
     count, before = len(images), images.copy()
     with _untouched_generators(what):
-        whole = apply(range(count))
+        whole = perturbation.apply(images, severity=severity, ids=ids)
     _require(np.array_equal(images, before), f"{what}: writes into the images it is given")
     same = whole.images.shape == images.shape and whole.images.dtype == np.uint8
     _require(same, f"{what}: turns uint8 {images.shape} into {whole.images.dtype} {whole.images.shape}")

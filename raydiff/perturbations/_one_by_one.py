@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,7 @@ class SeededOptions(Options):
     seed: int = Field(0, ge=0, description="of the draws, together with the image's id")
 
 
-def to_pixels(values: Floats) -> Pixels:
+def to_pixels(values: NDArray[np.floating[Any]]) -> Pixels:
     """Round to uint8, clipped to 0 and 255."""
     return np.asarray(np.clip(np.rint(values), 0, 255), dtype=np.uint8)
 

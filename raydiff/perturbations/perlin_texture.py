@@ -8,7 +8,7 @@ moved, with three augmentations drawn at random, so no outside data is needed an
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,7 +59,7 @@ def _multiply_and_add(picture: Image.Image, rng: np.random.Generator) -> Image.I
     return _mapped(picture, rng.uniform(0.8, 1.2) * np.arange(256) + rng.uniform(-30, 30))
 
 
-def _mapped(picture: Image.Image, table: Floats) -> Image.Image:
+def _mapped(picture: Image.Image, table: NDArray[np.floating[Any]]) -> Image.Image:
     values = np.clip(np.rint(table), 0, 255).astype(int).tolist()
     return picture.point(values * len(picture.getbands()))
 
