@@ -90,7 +90,7 @@ def list_folders(root: Path, *, train: str = "train", test: Sequence[str] = ("va
     """The files of every class below ``root``.
 
     Raises:
-        DataError: there is no ``train`` folder, or a class that is to be tested lacks its folder.
+        DataError: there is no ``train`` folder, a class folder is empty, or a class that is in ``train`` is not tested.
     """
     parts = {part: _class_folders(root / part) for part in (train, *test)}
     if not parts[train]:
@@ -134,8 +134,10 @@ def chosen_classes(options: ClassOptions, where: Path, classes: Listing) -> tupl
     for names, part in ((options.normal, 0), ((*options.normal, *anomalous), 1)):
         empty = next((name for name in names if not classes[name][part]), None)
         if empty is not None:
-            raise DataError(f"{where}: the class {empty} has no {('training', 'test')[part]} image"
-                            f" ({', '.join(SUFFIXES)}); extract the data set again, or choose others")  # fmt: skip
+            raise DataError(
+                f"{where}: the class {empty} has no {('training', 'test')[part]} image; choose others in"
+                f" data.dataset.normal and data.dataset.anomalous"
+            )
     return options.normal, anomalous
 
 
@@ -145,7 +147,14 @@ def _class_folders(part: Path) -> dict[str, Path]:
 
 
 def _paths(root: Path, folders: Sequence[Path | None]) -> tuple[str, ...]:
-    return tuple(p.relative_to(root).as_posix() for folder in folders if folder is not None for p in images_in(folder))
+    found: list[str] = []
+    for folder in folders:
+        images = images_in(folder) if folder is not None else []
+        if folder is not None and not images:
+            raise DataError(f"{folder}: holds no image ({', '.join(SUFFIXES)}); extract the data set again, or remove"
+                            f" the folder")  # fmt: skip
+        found += [path.relative_to(root).as_posix() for path in images]
+    return tuple(found)
 
 
 def _sixth(paths: tuple[str, ...]) -> Members:

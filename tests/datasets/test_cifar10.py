@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 
 from raydiff.config import ExperimentConfig
-from raydiff.datasets.cifar10 import CLASSES, Options, build
+from raydiff.datasets.cifar10 import CLASSES, Options, build, download
 from raydiff.errors import ConfigError, DataError
-from raydiff.images import ImageSpec, decode
+from raydiff.images import ImageSpec, decode, encode_png
+from raydiff.testing import check_dataset
 
 SPEC = ImageSpec((32, 32), 3, "strict")
 BATCHES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
@@ -153,6 +155,80 @@ def test_a_changed_batch_has_another_fingerprint_and_is_read_again(batches: Path
     pixels = decode(data.read(before[1])[0], SPEC, "a")
     assert before[1].image_id == "data_batch_2/00003"
     assert pixels[0, 0].tolist() == content[b"data"][3, [0, 1024, 2048]].tolist()
+
+
+def test_the_archive_is_read_as_it_was_fetched(batches: Path) -> None:
+    unpacked = build(Options(source=str(batches), normal=("cat",)))
+    archive = batches.parent / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(batches, batches.name)
+    for source in (archive, batches.parent / "fetched"):
+        if source != archive:
+            source.mkdir()
+            archive.rename(source / archive.name)
+        data = build(Options(source=str(source), normal=("cat",)))
+        pairs = list(zip(data.entries(), unpacked.entries(), strict=True))
+        assert all(
+            ours.image_id == theirs.image_id and data.read(ours) == unpacked.read(theirs) for ours, theirs in pairs
+        )
+        check_dataset("cifar10", source=str(source))
+    packed = batches.parent / "fetched" / archive.name
+    packed.write_bytes(packed.read_bytes()[:-3000])
+    with pytest.raises(DataError, match=r"cifar-10-python.tar.gz: is truncated or no tar archive"):
+        build(Options(source=str(packed)))
+    (batches / "data_batch_2").unlink()
+    with tarfile.open(packed, "w:gz") as file:
+        file.add(batches, batches.name)
+    with pytest.raises(DataError, match=r"cifar-10-python.tar.gz: lacks data_batch_2; fetch"):
+        build(Options(source=str(packed)))
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """Three training images and two test images of each class, as PNG files."""
+    for part, count in (("train", 3), ("test", 2)):
+        for label, name in enumerate(CLASSES):
+            (tmp_path / "cifar10" / part / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = np.full((32, 32, 3), 10 * label + number, np.uint8)
+                (tmp_path / "cifar10" / part / name / f"{number:04d}.png").write_bytes(encode_png(pixels))
+    return tmp_path / "cifar10"
+
+
+def test_class_folders(folders: Path) -> None:
+    data = build(Options(source=str(folders), normal=("cat", "dog"), check_counts=False))
+    entries = data.entries()
+    train = [entry.image_id for entry in entries if entry.split == "train"]
+    assert train == [f"train/{name}/{number:04d}.png" for name in ("cat", "dog") for number in range(3)]
+    test = [entry for entry in entries if entry.split == "test"]
+    assert len(test) == 20
+    assert {(e.defect, e.is_anomaly) for e in test if e.class_name in ("cat", "deer")} == {
+        ("good", False),
+        ("deer", True),
+    }
+    assert data.read(test[0]) == ((folders / test[0].image_id).read_bytes(), None)
+    check_dataset("cifar10", source=str(folders), check_counts=False)
+
+
+def test_class_folders_are_counted(folders: Path) -> None:
+    with pytest.raises(DataError, match=r"train/airplane: holds 3 images, expected 5000; extract .*check_counts=false"):
+        build(Options(source=str(folders)))
+    (folders / "test/ship").rename(folders / "ship")
+    with pytest.raises(DataError, match=r"1 classes of train are not in test, the first ship"):
+        build(Options(source=str(folders), check_counts=False))
+    (folders / "train/ship").rename(folders / "another")
+    with pytest.raises(
+        DataError, match=r"has 9 classes, of which ship should not be or are missing; expected airplane"
+    ):
+        build(Options(source=str(folders), check_counts=False))
+
+
+def test_a_failing_network_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(DataError, match=r"CIFAR10 could not be fetched \(.+\); check the network, or copy") as caught:
+        download(tmp_path / "data")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.shared
