@@ -1,11 +1,16 @@
 """``conditioned``: the steering in closed form, and what it leaves."""
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
+from raydiff.config import ExperimentConfig
 from raydiff.core.schedule import make_schedule
+from raydiff.detector import DiffusionDetector, load_detector
+from raydiff.errors import ConfigError
 from raydiff.scorers import conditioned, reconstruction
-from raydiff.testing import OracleDenoiser, planted_defect
+from raydiff.testing import OracleDenoiser, check_scorer, planted_defect, small_images
 
 MEAN, STD = 0.2, 0.3
 SCHEDULE = make_schedule("squaredcos_cap_v2", 200)
@@ -46,3 +51,62 @@ def test_the_map_is_highest_in_the_defect():
     defective, masks = planted_defect(ORACLE.sample((12, 1, 16, 16), seed=2))
     maps = scorer.judge(scorer.measure(model, defective), statistics, (16, 16)).map
     assert bool(masks.flatten(1).gather(1, maps.flatten(1).argmax(1)[:, None]).all())
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    """A small timm network with random weights, as options."""
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_file(timm.create_model("test_efficientnet").state_dict(), path)
+    return {"feature_backbone": "test_efficientnet", "feature_weights": str(path), "feature_levels": (0, 1)}
+
+
+def test_features_pass_the_checks(features):
+    check_scorer("conditioned", **features)
+
+
+def test_features_are_a_second_map(features):
+    scorer, model, x = build(**features), ORACLE.model(), ORACLE.sample((3, 3, 16, 16))
+    evidence = scorer.measure(model, x)
+    assert torch.equal(evidence[:, :1], build().measure(model, x))
+    network = timm.create_model(
+        "test_efficientnet", features_only=True, out_indices=(0,), pretrained_cfg_overlay={"file": features["feature_weights"]},
+        pretrained=True,
+    ).eval()  # fmt: skip
+    settings = (
+        network.default_cfg if hasattr(network, "default_cfg") else timm.create_model("test_efficientnet").default_cfg
+    )
+    mean, std = (torch.tensor(settings[key])[:, None, None] for key in ("mean", "std"))
+    with torch.no_grad():
+        left, right = (network(((image + 1) / 2 - mean) / std)[0] for image in (x, scorer.reconstruct(model, x)))
+    cosine = torch.nn.functional.cosine_similarity(left, right)[:, None]
+    expected = torch.nn.functional.interpolate(1 - cosine, (16, 16), mode="bilinear")
+    one = build(**features | {"feature_levels": (0,)}).measure(model, x)[:, 1:]
+    torch.testing.assert_close(one, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_the_network_travels_with_the_artefact(features, tmp_path):
+    config = ExperimentConfig(scoring={"name": "conditioned", **features})
+    detector = DiffusionDetector.create(config, num_classes=1).calibrate(small_images(20))
+    assert detector.pretrained == "test_efficientnet (tiny.safetensors)"
+    detector.save(tmp_path / "artefact")
+    moved = config.model_dump(mode="json")["scoring"]["feature_weights"]
+    hidden = tmp_path / "hidden"
+    from pathlib import Path
+
+    Path(moved).rename(hidden)
+    try:
+        loaded = load_detector(tmp_path / "artefact")
+        images = small_images(4, seed=2)
+        assert torch.equal(loaded.score(images).image, detector.score(images).image)
+        with pytest.raises(ConfigError, match="tiny.safetensors: cannot be read"):
+            build(**features).state()
+    finally:
+        hidden.rename(moved)
+
+
+def test_features_compare_images(features):
+    with pytest.raises(ConfigError, match="what is diffused has 5 channels; it compares images"):
+        build(**features).measure(ORACLE.model(), ORACLE.sample((1, 5, 8, 8)))
