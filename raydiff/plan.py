@@ -170,11 +170,12 @@ class _Layout:
         fields = merged(merged(_DEFAULT_NAMES, suite.base), suite.datasets[dataset].config)
         for path, value in assignments.items():
             fields = merged(fields, _nested(path, value))
-        where = f"{self._path}: datasets.{dataset}" + (f" ({category})" if category else "")
+        of_data = f"datasets.{dataset}" + (f" ({category})" if category else "")
+        where = f"{self._path}: {of_data}"
         if method.training is not None:
             fields = merged(fields, suite.training(method.training)[0])
             fields = {**fields, "scoring": method.scoring}
-            where = f"{self._path}: methods.{name} (trainings.{method.training}) on datasets.{dataset}"
+            where = f"{self._path}: methods.{name} (trainings.{method.training}) on {of_data}"
         config = ExperimentConfig.from_dict({**fields, "seed": seed}, where)
         if config.data.shards is not None:
             raise ConfigError(f"{where}: data.shards is set; a benchmark keeps its shards under --out, so leave it out")

@@ -1,0 +1,60 @@
+"""The same rows on Ray as in one process; shares that nobody can give are refused before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raydiff.benchmark import plan, run_benchmark
+from raydiff.distributed.benchmark import RayWorkers
+from raydiff.errors import ConfigError
+from raydiff.results import read_results
+from tests.test_suite import TINY, write
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+
+QUICK = TINY | {"cost": {"batch_sizes": [1], "num_images": 2}}
+
+
+def comparable(out: Path) -> dict[tuple[str | None, str], dict[str, object]]:
+    return {(row.cell, row.subset): row.comparable() for row in read_results(out / "results.jsonl")}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_workers_give_the_rows_of_one_process(tmp_path: Path) -> None:
+    methods = {name: QUICK["methods"][name] for name in ("errors", "OCSVM")}
+    found = plan(write(tmp_path / "suite.yaml", QUICK | {"methods": methods}))
+    alone, spread = tmp_path / "alone", tmp_path / "spread"
+    assert not run_benchmark(found, alone).failed
+    backwards = found.of(list(reversed(found.cells)))
+    result = run_benchmark(backwards, spread, lambda tasks: RayWorkers(tasks, num_workers=2))
+    assert not result.failed
+    assert len(result.finished) == 4
+    assert comparable(spread) == comparable(alone)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_task_that_fails_on_a_worker_is_reported_with_its_traceback(tmp_path: Path) -> None:
+    found = plan(write(tmp_path / "suite.yaml", QUICK | {"methods": {"near": {"baseline": "knn"}}})).only("*/0/0")
+    out = tmp_path / "out"
+    run_benchmark(found, out)
+    shards = next((out / "shards").iterdir())
+    train = next(shards.glob("train-*.parquet"))
+    train.write_bytes(b"\0" * train.stat().st_size)
+    (out / "results.jsonl").unlink()
+    result = run_benchmark(found, out, RayWorkers)
+    assert list(result.failed) == ["near/digits/0/0"]
+    failure = result.failed["near/digits/0/0"]
+    assert failure.type == "DataError"
+    assert train.name in failure.message
+    assert "Traceback" in failure.traceback
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_no_node_can_give_is_refused(tmp_path: Path) -> None:
+    asks = QUICK | {"resources": {"num_cpus": 1, "num_gpus": 64}}
+    found = plan(write(tmp_path / "suite.yaml", asks))
+    with pytest.raises(ConfigError, match=r"training unet/digits/0/0: resources ask for 1 CPU and 64 GPU; none of"):
+        run_benchmark(found, tmp_path / "out", RayWorkers)
+    assert not (tmp_path / "out").exists()

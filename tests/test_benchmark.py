@@ -1,0 +1,254 @@
+"""Benchmarks for real: cells that run once, in any order; failures, kill -9, and what is refused beforehand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner
+from PIL import Image
+
+from raydiff.artifact import read_folder
+from raydiff.benchmark import finished_cells, plan, run_benchmark
+from raydiff.cli import main
+from raydiff.errors import ConfigError, DataError, RaydiffError
+from raydiff.plan import Plan
+from raydiff.results import Result, read_results, read_robustness
+from tests.test_suite import TINY, write
+
+QUICK = TINY | {"cost": {"batch_sizes": [1, 2], "num_images": 2}}
+CLASSIC = {"methods": {name: TINY["methods"][name] for name in ("OCSVM", "near")}}
+
+
+def rows_of(out: Path) -> dict[tuple[str | None, str], Result]:
+    return {(row.cell, row.subset): row for row in read_results(out / "results.jsonl")}
+
+
+def comparable(out: Path) -> dict[tuple[str | None, str], dict[str, Any]]:
+    return {key: row.comparable() for key, row in rows_of(out).items()}
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """Two digits, two scorers on one network each, two baselines."""
+    return plan(write(tmp_path_factory.mktemp("suite") / "suite.yaml", QUICK))
+
+
+@pytest.fixture(scope="module")
+def finished(suite: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All of it run in this process."""
+    out = tmp_path_factory.mktemp("benchmark") / "out"
+    result = run_benchmark(suite, out, command="raydiff benchmark suite.yaml")
+    assert not result.failed
+    assert result.finished == list(suite.cells)
+    return out
+
+
+def test_every_cell_has_rows_that_name_an_artefact_that_is_there(suite: Plan, finished: Path) -> None:
+    rows = rows_of(finished)
+    for cell in suite.cells:
+        row = rows[cell.cell_id, "all"]
+        assert (row.detector, row.dataset, row.category, row.seed) == (
+            cell.method, cell.dataset, cell.category, cell.seed,
+        )  # fmt: skip
+        assert read_folder(finished / "cells" / cell.cell_id / "artifact").digest == row.artifact_digest
+        assert row.command == "raydiff benchmark suite.yaml"
+        assert row.config_digest == cell.config.digest()
+        for cost in (row.training_seconds, row.ms_per_image_best, row.model_mb):
+            assert cost is not None
+            assert cost > 0
+        assert row.best_batch_size in (1, 2)
+    assert len(list((finished / "trainings").iterdir())) == 2, "scorers share a training"
+    both = [rows[cell.cell_id, "all"].training_seconds for cell in suite.cells[:2]]
+    assert both[0] == both[1]
+
+
+def test_finished_cells_are_never_run_again(suite: Plan, finished: Path) -> None:
+    before = (finished / "results.jsonl").read_bytes()
+
+    def workers(tasks: object) -> Any:
+        raise AssertionError(f"nobody is needed for {tasks}")
+
+    result = run_benchmark(suite, finished, workers)
+    assert (result.num_before, result.finished, result.failed) == (len(suite.cells), [], {})
+    assert (finished / "results.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("loss", ["row", "artefact", "half a row"])
+def test_a_lost_cell_alone_runs_again_and_gives_the_same_row(
+    suite: Plan, finished: Path, tmp_path: Path, loss: str
+) -> None:
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    lost = suite.cells[0]
+    path = out / "results.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    mine = [line for line in lines if json.loads(line)["cell"] == lost.cell_id]
+    if loss == "artefact":
+        shutil.rmtree(out / "cells" / lost.cell_id)
+    else:
+        half = mine[0][: len(mine[0]) // 2] if loss == "half a row" else ""
+        path.write_text("".join(line for line in lines if line not in mine) + half)
+    result = run_benchmark(suite, out)
+    assert result.finished == [lost]
+    assert comparable(out) == comparable(finished)
+
+
+def test_the_order_of_cells_changes_no_row(suite: Plan, finished: Path, tmp_path: Path) -> None:
+    backwards = suite.of([cell for cell in reversed(suite.cells) if cell.category == "1"])
+    run_benchmark(backwards, tmp_path / "out")
+    expected = comparable(finished)
+    found = comparable(tmp_path / "out")
+    assert len({cell for cell, _ in found}) == 4
+    assert found == {key: expected[key] for key in found}
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Path:
+    """Two kinds of parts in the MVTec-AD layout, 8 px: noise that is darker where it is anomalous; no masks."""
+    rng = np.random.default_rng(0)
+    for kind in ("whole", "torn"):
+        for folder, count, top in (("train/good", 16, 256), ("test/good", 6, 256), ("test/dark", 6, 60)):
+            target = tmp_path / "parts" / kind / folder
+            target.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(0, top, (8, 8)).astype(np.uint8)).save(target / f"{i:02d}.png")
+    return tmp_path / "parts"
+
+
+def of_parts(parts: Path, **changes: Any) -> Plan:
+    dataset = {
+        "config": {"data": {"dataset": {"name": "folder", "source": "parts"}}},
+        "each": {"data.dataset.category": ["torn", "whole"]},
+    }
+    return plan(write(parts.parent / "suite.yaml", QUICK | CLASSIC | {"datasets": {"parts": dataset}} | changes),
+                parts.parent)  # fmt: skip
+
+
+def test_a_failure_takes_its_own_cells_alone_and_is_tried_again(parts: Path, tmp_path: Path) -> None:
+    torn = parts / "torn" / "train" / "good" / "07.png"
+    whole = torn.read_bytes()
+    torn.write_bytes(whole[:40])
+    command = ["benchmark", str(tmp_path / "suite.yaml"), "--data", str(tmp_path), "--out", str(tmp_path / "out"),
+               "--serial"]  # fmt: skip
+    found = of_parts(parts)
+    first = CliRunner().invoke(main, command)
+    assert first.exit_code == 1, first.output
+    assert "2 cells run now, 0 were done before" in first.stdout
+    assert "failed: shards of parts/torn: DataError" in first.stderr
+    assert "[5/6, 3 failed" in first.stderr or "[6/6, 3 failed" in first.stderr
+    assert "Error: 3 task(s) failed; tracebacks are in" in first.stderr
+    lines = [json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
+    assert [line["type"] for line in lines] == ["DataError"] * 3
+    assert all("07.png" in line["message"] for line in lines)
+    assert {line["cell"] for line in lines} >= {cell.cell_id for cell in found.cells if cell.category == "torn"}
+    assert "Traceback" in lines[0]["traceback"]
+    torn.write_bytes(whole)
+    second = CliRunner().invoke(main, command)
+    assert second.exit_code == 0, second.output
+    assert "2 cells run now, 2 were done before" in second.stdout
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_killed_half_way_it_goes_on_with_the_rest(tmp_path: Path) -> None:
+    path = write(tmp_path / "suite.yaml", QUICK | {"datasets": {"digits": {}}})
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "raydiff", "benchmark", str(path), "--serial", "--out", str(out)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while len(finished_cells(out)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    before = finished_cells(out)
+    created = {key: row.created for key, row in rows_of(out).items()}
+    assert 2 <= len(before) < 4
+    with (out / "results.jsonl").open("a") as file:
+        file.write('{"run": "cut off in the mid')
+    listed = CliRunner().invoke(main, ["benchmark", str(path), "--out", str(out), "--dry-run"])
+    assert f"{len(before)} of 4 cells done" in listed.output
+    result = run_benchmark(plan(path), out)
+    assert {cell.cell_id for cell in result.finished} == {cell.cell_id for cell in plan(path).cells} - before
+    assert created.items() <= {key: row.created for key, row in rows_of(out).items()}.items()
+
+
+def test_robustness_runs_once_and_again_when_more_is_asked(parts: Path, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"methods": ["near"], "perturbations": ["brightness"], "severities": [1, 5]}
+    found = of_parts(parts, robustness=asked).only("*/whole/0")
+    out = tmp_path / "out"
+    assert not run_benchmark(found, out).failed
+    rows = read_robustness(out / "robustness.jsonl")
+    assert [(row.detector, row.category, row.perturbation, row.severity) for row in rows] == [
+        ("near", "whole", "none", 0), ("near", "whole", "brightness", 1), ("near", "whole", "brightness", 5),
+    ]  # fmt: skip
+    before = (out / "results.jsonl").read_bytes()
+    run_benchmark(found, out)
+    assert len((out / "robustness.jsonl").read_text().splitlines()) == 3
+    run_benchmark(of_parts(parts, robustness=asked | {"severities": [1, 3, 5]}).only("*/whole/0"), out)
+    assert [row.severity for row in read_robustness(out / "robustness.jsonl")] == [0, 1, 3, 5]
+    assert (out / "results.jsonl").read_bytes() == before
+
+
+CONTRAST = {"methods": {"turns": {"training": "unet", "scoring": "contrast"}}}
+NO_MAPS = {"methods": {"near": {"baseline": "knn"}}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"metrics": ["auroc", "aupro"]}, ConfigError, "metrics names aupro, which needs masks, and datasets.parts"),
+        ({"each": "gone"}, ConfigError, r"datasets.parts \(gone\): .*has these categories: torn, whole"),
+        (
+            {"source": "elsewhere"},
+            DataError,
+            r"datasets.parts \(torn\): .*no such folder.*\(and 1 more: datasets.parts",
+        ),
+        ({"empty": "test/dark"}, DataError, r"datasets.parts \(torn\): .*0 anomalous"),
+        (CONTRAST, ConfigError, "methods.turns on datasets.parts: .*condition"),
+        ({"robustness": {"perturbations": ["blurr"]}}, ConfigError, "robustness.perturbations: .*did you mean 'blur'"),
+        ({"robustness": {"perturbations": ["cut_paste"]}}, ConfigError, "cut_paste makes an image anomalous"),
+        ({"robustness": {"severities": [6]}}, ConfigError, "robustness.severities holds 6"),
+        ({"robustness": {"attacks": [3.0]}}, ConfigError, r"robustness.attacks holds 3\.0"),
+        (
+            {"masks": True, "metrics": ["aupro"]} | NO_MAPS,
+            ConfigError,
+            "needs anomaly maps, and no method on .* draws any \\(near\\)",
+        ),
+        ({"methods": {"near": {"baseline": "knn", "resources": {"num_gpus": 64}}}}, ConfigError, "ask for 64 GPU"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_runs(
+    parts: Path, tmp_path: Path, changes: dict[str, Any], kind: type[RaydiffError], message: str
+) -> None:
+    changes = dict(changes)
+    if changes.pop("masks", False):
+        for category in ("torn", "whole"):
+            (parts / category / "ground_truth" / "dark").mkdir(parents=True)
+            for i in range(6):
+                mask = Image.fromarray(np.full((8, 8), 255, np.uint8))
+                mask.save(parts / category / "ground_truth" / "dark" / f"{i:02d}_mask.png")
+    if folder := changes.pop("empty", None):
+        shutil.rmtree(parts / "torn" / folder)
+    dataset = {
+        "config": {"data": {"dataset": {"name": "folder", "source": changes.pop("source", "parts")}}},
+        "each": {"data.dataset.category": [changes.pop("each", "torn"), "whole"]},
+    }
+    found = of_parts(parts, datasets={"parts": dataset}, **changes)
+    with pytest.raises(kind, match=message) as caught:
+        run_benchmark(found, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_suite_is_one_line_and_exit_code_two(tmp_path: Path) -> None:
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(QUICK | {"metrics": ["auprof"]}))
+    result = CliRunner().invoke(main, ["benchmark", str(tmp_path / "suite.yaml"), "--serial"])
+    assert result.exit_code == 2
+    assert [line for line in result.stderr.splitlines() if line.startswith("Error: ")] == result.stderr.splitlines()
