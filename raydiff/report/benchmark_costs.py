@@ -9,7 +9,6 @@ from statistics import fmean
 
 import numpy as np
 
-from raydiff.core.metrics import Estimate
 from raydiff.report.benchmark_data import Benchmark, natural
 from raydiff.report.benchmark_tables import method_row, range_of
 from raydiff.report.export import Heading, Table, slug
@@ -47,9 +46,10 @@ def cost_table(benchmark: Benchmark, dataset: str) -> Table:
     ]
     where = f" On {hardware[0]}." if len(hardware) == 1 else ""
     return Table(
-        f"{slug(dataset)}-cost", f"{dataset}: cost", "Method", [heading for heading, _ in shown], rows_,
-        "Means over categories and seeds. Times run from decoded pixels to verdict, feature network included; peak memory"
-        f" is that of the process while it scored, of the GPU on a GPU.{where}",
+        f"{slug(dataset)}-cost", "Cost", "Method", [heading for heading, _ in shown], rows_,
+        "Means over categories and seeds. Times run from decoded pixels to verdict, feature network included; peak"
+        f" memory is that of the process while it scored, of the GPU on a GPU.{where}",
+        scope=dataset,
     )  # fmt: skip
 
 
@@ -60,12 +60,16 @@ def _mean(rows: Sequence[Result], read: Callable[[Result], float | None]) -> Cel
 
 @dataclass(frozen=True)
 class Growth:
-    """How one cost of every method grows with the side of an image: (pixels, cost) in order, and the power."""
+    """How one cost of every method grows with the side of an image: (pixels, cost) in order.
+
+    ``hardware`` lists the machines where they were several; empty for one.
+    """
 
     stem: str
     noun: str
     unit: str
     points: dict[str, list[tuple[int, float]]]
+    hardware: str = ""
 
     def power(self, method: str) -> float | None:
         """The slope of a straight line through log cost over log side; None for a single resolution."""
@@ -93,8 +97,13 @@ def growths(benchmark: Benchmark) -> list[Growth]:
             points = {method: _points(benchmark, sorted(members), method, read) for method in benchmark.methods}
             kept = {method: at for method, at in points.items() if at}
             if len(members) > 1 and kept:
-                found.append(Growth(stem, noun, unit, kept))
+                found.append(Growth(stem, noun, unit, kept, _machines(benchmark, [name for _, name in members])))
     return found
+
+
+def _machines(benchmark: Benchmark, datasets: Sequence[str]) -> str:
+    found = {row.hardware for dataset in datasets for m in benchmark.methods for row in benchmark.rows(dataset, m)}
+    return " and ".join(sorted(found)) if len(found) > 1 else ""
 
 
 def _points(
@@ -121,9 +130,11 @@ def growth_tables(benchmark: Benchmark, found: Sequence[Growth]) -> list[Table]:
             rows.append(method_row(benchmark, method, cells))
         headings = [Heading(f"{side} px", growth.unit) for side in sides]
         tables.append(Table(
-            f"{slug(growth.stem)}-growth-{slug(growth.noun)}", f"{growth.stem}: {growth.noun} against resolution",
+            f"{slug(growth.stem)}-growth-{slug(growth.noun)}", f"{growth.noun.capitalize()} against resolution",
             "Method", [*headings, Heading("power")], rows,
-            "Power: the slope in log-log; 2 grows with the number of pixels, 4 with its square.",
+            "Power: the slope in log-log; 2 grows with the number of pixels, 4 with its square."
+            + (f" Warning: measured on different hardware, {growth.hardware}, so the power is not one of resolution"
+               " alone." if growth.hardware else ""), scope=growth.stem,
         ))  # fmt: skip
     return tables
 
@@ -148,22 +159,24 @@ class Robustness:
 
 
 def robustness(benchmark: Benchmark, rows: Sequence[RobustnessRow]) -> list[Robustness]:
-    """Means over the cells of a data set; the unchanged images are strength 0 of everything."""
+    """Means over the cells of a data set; rows of unchanged images (severity 0) are strength 0 of every change."""
     order = {name: i for i, name in enumerate(benchmark.methods)}
-    found: dict[tuple[str, str, str], dict[str, dict[float, list[RobustnessRow]]]] = {}
+    clean: dict[tuple[str, str], list[RobustnessRow]] = {}
+    found: dict[tuple[str, bool, str], dict[str, dict[float, list[RobustnessRow]]]] = {}
     for row in rows:
-        curves = found.setdefault((row.dataset, row.kind, row.perturbation), {})
-        curves.setdefault(row.detector, {}).setdefault(_strength(row), []).append(row)
+        if row.severity == 0:
+            clean.setdefault((row.dataset, row.detector), []).append(row)
+        else:
+            curves = found.setdefault((row.dataset, row.kind == "attack", row.perturbation), {})
+            curves.setdefault(row.detector, {}).setdefault(_strength(row), []).append(row)
     panels = []
-    for (dataset, kind, perturbation), curves in sorted(found.items(), key=lambda i: (natural(i[0][0]), *i[0])):
+    for (dataset, is_attack, perturbation), curves in sorted(found.items(), key=lambda i: (natural(i[0][0]), *i[0])):
         lines = {}
         for method in sorted(curves, key=lambda name: (order.get(name, len(order)), natural(name))):
-            by_strength = curves[method]
-            if 0.0 not in by_strength and (clean := _clean(benchmark, dataset, method, by_strength)):
-                lines[method] = [(0.0, summarise(clean))]
-            lines.setdefault(method, [])
-            lines[method] += [(at, summarise([row.auroc for row in by_strength[at]])) for at in sorted(by_strength)]
-        panels.append(Robustness(dataset, kind, perturbation, lines))
+            by_strength = curves[method] | {0.0: clean.get((dataset, method), [])}
+            points = [(at, summarise([row.auroc for row in by_strength[at]])) for at in sorted(by_strength)]
+            lines[method] = [(at, cell) for at, cell in points if cell.value is not None]
+        panels.append(Robustness(dataset, "attack" if is_attack else "corruption", perturbation, lines))
     return panels
 
 
@@ -171,21 +184,7 @@ def _strength(row: RobustnessRow) -> float:
     return float(row.severity) if row.budget is None else round(row.budget * 127.5, 3)
 
 
-def _clean(
-    benchmark: Benchmark, dataset: str, method: str, by_strength: dict[float, list[RobustnessRow]]
-) -> list[Estimate]:
-    """AUROC on unchanged images of the same cells and as many images, where the evaluation has them."""
-    if dataset not in benchmark.datasets:
-        return []
-    cells = {(r.category, r.seed, r.num_normal, r.num_anomalous) for rows in by_strength.values() for r in rows}
-    found = [
-        row.metrics["auroc"] for row in benchmark.rows(dataset, method)
-        if (row.category, row.seed, row.num_normal, row.num_anomalous) in cells
-    ]  # fmt: skip
-    return found if len(found) == len(cells) else []
-
-
-def robustness_tables(benchmark: Benchmark, panels: Sequence[Robustness]) -> list[Table]:
+def robustness_tables(panels: Sequence[Robustness]) -> list[Table]:
     """Per data set and kind: perturbation and strength by methods."""
     tables = []
     for dataset, kind in dict.fromkeys((panel.dataset, panel.kind) for panel in panels):
@@ -204,9 +203,10 @@ def robustness_tables(benchmark: Benchmark, panels: Sequence[Robustness]) -> lis
             "The attack lowers the scores of anomalous images and raises those of normal ones."
         )  # fmt: skip
         tables.append(Table(
-            f"{slug(dataset)}-robustness-{kind}", f"{dataset}: AUROC under {noun}", f"{kind.capitalize()}, {strength}",
+            f"{slug(dataset)}-robustness-{kind}", f"AUROC under {noun}", f"{kind.capitalize()}, {strength}",
             [Heading(method) for method in methods], rows,
             f"{changed} Small figures: ± one standard deviation over cells (categories and seeds), or the 95\u00a0%"
-            " interval over test images of a single one. Best of each row in bold.",
+            " interval over test images of a single one. Best of each row in bold. The test images are a subset, the"
+            " same for every method.", scope=dataset,
         ))  # fmt: skip
     return tables

@@ -1,7 +1,7 @@
 """The evaluations of a benchmark, arranged: data set, method, category, seed; and the draws its intervals come from.
 
-Nothing depends on the order in which cells were finished: names are sorted, methods with a network first and the classic
-ones last.
+Nothing depends on the order in which cells were finished: names are sorted, methods with a network first and the
+classic ones last.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from raydiff.core.statistics import Difference, auroc_draws, hierarchical_difference, image_weights, interval
 from raydiff.results import CLASSICS, Evaluation, Predictions, Result, latest
 
-__all__ = ["Benchmark", "Score", "natural"]
+__all__ = ["Against", "Benchmark", "Score", "natural"]
 
 Draws = NDArray[np.float64]
 Cells = Mapping[str, Mapping[int, Evaluation]]
@@ -154,11 +154,9 @@ class Benchmark:
         The classic with the highest test AUROC is taken, which favours it. Where no classic ran with a seed, those of
         the category's other seeds stand in. Methods without a comparable cell are left out.
         """
-        found = []
-        for method in self.methods_of(dataset):
-            if method not in self.classics and (against := self._against(dataset, method)) is not None:
-                found.append(against)
-        return found
+        others = [method for method in self.methods_of(dataset) if method not in self.classics]
+        found = [self._against(dataset, method) for method in others]
+        return [against for against in found if against is not None]
 
     def _against(self, dataset: str, method: str) -> Against | None:
         values, draws, references = [], [], dict[str, None]()
@@ -176,7 +174,7 @@ class Benchmark:
                 references[b.detector] = None
             if mine:
                 values.append(mine)
-                draws.append(drawn)
+                draws.append([part[: min(map(len, drawn))] for part in drawn])
         if not values:
             return None
         return Against(method, hierarchical_difference(values, draws), tuple(references))

@@ -61,7 +61,8 @@ def rank_figure(ranking: Ranking, name: str) -> str:
             x = low - 0.06 * (high - low) if left else high + 0.06 * (high - low)
             axes.plot([rank, rank, x], [0, y, y], color=INK, linewidth=0.7, alpha=0.7)
             label = f"{method}  {rank:.2f}" if left else f"{rank:.2f}  {method}"
-            axes.text(x, y, f" {label} ", ha="right" if left else "left", va="center", fontsize=9)
+            axes.annotate(label, (x, y), xytext=(-4 if left else 4, 0), textcoords="offset points",
+                          ha="right" if left else "left", va="center", fontsize=9)  # fmt: skip
         for i, group in enumerate(ranking.groups):
             ends = [ranking.ranks[ranking.methods.index(method)] for method in (group[0], group[-1])]
             y = 0.24 + 0.22 * i
@@ -141,52 +142,58 @@ def _log_axis(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _name_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
-    """Set each name at the free place nearest to its point, with a thin line where that is not beside it."""
+    """Set each name at the best place near its point, with a thin line where that is not beside it."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
     scale = figure.dpi / 72
-    at = [axes.transData.transform((point.cost, point.auroc)) for point in points]
+    at = [tuple(float(v) for v in axes.transData.transform((point.cost, point.auroc))) for point in points]
     taken = [Bbox.from_bounds(x - 5 * scale, y - 5 * scale, 10 * scale, 10 * scale) for x, y in at]
-    frame = axes.get_window_extent(renderer)
+    bars = [axes.transData.transform([(p.cost, p.auroc - p.below), (p.cost, p.auroc + p.above)]) for p in points]
+    place = _Place(
+        axes.get_window_extent(renderer), taken, [Bbox(bar + np.array([(-1, 0), (1, 0)])) for bar in bars], scale
+    )
+    line = {"arrowstyle": "-", "color": INK, "linewidth": 0.5, "alpha": 0.5, "shrinkA": 0, "shrinkB": 3}
     for point, (x, y) in sorted(zip(points, at, strict=True), key=lambda item: -item[1][1]):
-        text = axes.annotate(
-            point.method, (0, 0), xycoords="figure pixels", fontsize=8.5, va="center", annotation_clip=False
-        )
+        text = axes.annotate(point.method, (0, 0), xycoords="figure pixels", fontsize=8.5, annotation_clip=False)
         size = text.get_window_extent(renderer)
-        box, offset = _free_place(x, y, size.width * 1.02, size.height, scale, taken, frame)
-        taken.append(box)
-        text.set_visible(False)
-        line = {"arrowstyle": "-", "color": INK, "linewidth": 0.5, "alpha": 0.5, "shrinkA": 0, "shrinkB": 3}
+        text.remove()
+        box, lift = place.best(x, y, 1.02 * size.width, size.height)
         axes.annotate(
             point.method, (point.cost, point.auroc), xytext=((box.x0 - x) / scale, ((box.y0 + box.y1) / 2 - y) / scale),
             textcoords="offset points", fontsize=8.5, va="center", annotation_clip=False,
-            arrowprops=line if offset > 18 else None,
+            arrowprops=line if lift > 18 else None,
         )  # fmt: skip
-        text.remove()
 
 
-def _free_place(
-    x: float, y: float, width: float, height: float, scale: float, taken: Sequence[Bbox], frame: Bbox
-) -> tuple[Bbox, float]:
-    """The nearest box that meets none of ``taken`` and lies in the frame, and how far off it is in points."""
-    best: tuple[float, Bbox, float] | None = None
-    for step in range(40):
-        lift = 5.0 * step
-        for dy in (lift, -lift) if step else (0.0,):
-            for left in (x + 8 * scale, x - 8 * scale - width, x - width / 2):
-                box = Bbox.from_bounds(left, y + dy * scale - height / 2, width, height)
-                crossed = sum(_overlap(box, other) for other in taken)
-                outside = max(0.0, frame.x0 - box.x0) + max(0.0, box.x1 - frame.x1)
-                outside += max(0.0, frame.y0 - box.y0) + max(0.0, box.y1 - frame.y1)
-                if not crossed and not outside:
-                    return box, lift
-                badness = crossed + outside * height
-                if best is None or badness < best[0]:
-                    best = (badness, box, lift)
-    if best is None:
-        raise AssertionError("no place was tried")
-    return best[1], best[2]
+@dataclass(frozen=True)
+class _Place:
+    """Where names can go: inside ``frame``, off what is ``taken`` (points and names), rather off ``bars`` too."""
+
+    frame: Bbox
+    taken: list[Bbox]
+    bars: list[Bbox]
+    scale: float
+
+    def best(self, x: float, y: float, width: float, height: float) -> tuple[Bbox, float]:
+        """The cheapest box for a name of this size, then taken; and how far above or below its point it is."""
+        near = 8 * self.scale
+        found = [
+            (self._cost(box) + abs(lift) + 0.5 * side, box, abs(lift))
+            for lift in np.arange(-150.0, 151.0, 5.0)
+            for side, left in enumerate((x + near, x - near - width, x - width / 2))
+            for box in [Bbox.from_bounds(left, y + lift * self.scale - height / 2, width, height)]
+        ]
+        _, box, lift = min(found, key=lambda item: item[0])
+        self.taken.append(box)
+        return box, float(lift)
+
+    def _cost(self, box: Bbox) -> float:
+        frame = self.frame
+        outside = max(0.0, frame.x0 - box.x0) + max(0.0, box.x1 - frame.x1)
+        outside += max(0.0, frame.y0 - box.y0) + max(0.0, box.y1 - frame.y1)
+        crossed = sum(_overlap(box, other) for other in self.taken)
+        return 1000 * (outside + crossed) + 25 * sum(_overlap(box, bar) > 0 for bar in self.bars)
 
 
 def _overlap(a: Bbox, b: Bbox) -> float:

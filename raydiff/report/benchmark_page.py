@@ -169,7 +169,7 @@ class _Page:
                 for j, panel in enumerate(panels)
             ]  # fmt: skip
             legend = markup(figures.legend_figure(methods, self.looks, f"r{i}-legend"))
-            found = self._kept(costs.robustness_tables(self.benchmark, panels))
+            found = self._kept(costs.robustness_tables(panels))
             parts.append({"dataset": dataset, "panels": drawn, "legend": legend, "tables": found})
         return parts
 

@@ -48,7 +48,7 @@ class Ranking:
         said = [
             f"Friedman's test over {n} blocks (a data set's category, the mean over seeds): chi-square"
             f" {self.test.statistic:.2f} with {k - 1} degrees of freedom, p {p}, {verdict}.",
-            f"By Nemenyi's test at 0.05, average ranks that lie less than {self.critical:.2f} apart cannot be told apart.",
+            f"By Nemenyi's test at 0.05, average ranks less than {self.critical:.2f} apart cannot be told apart.",
         ]
         if n > self.num_datasets:
             noun = "data set" if self.num_datasets == 1 else "data sets"

@@ -1,4 +1,4 @@
-"""The tables of accuracy: overview, and per data set the metrics, categories, kinds of anomaly, differences, direction."""
+"""The tables of accuracy: overview; per data set the metrics, categories, kinds of anomaly, differences; direction."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def _overview(benchmark: Benchmark, metric: str) -> Table | None:
     return Table(
         f"overview-{slug(metric)}", f"{name}, mean over categories", "Method", [heading for heading, _ in columns],
         [row for row in rows if any(cell.value is not None for cell in row.cells[:-2])],
-        "Mean over the categories of each data set, of the mean over seeds; small figures: ± one standard deviation over"
-        " seeds of the mean over categories, and how many categories where some are missing (such a mean is never bold,"
-        " for it is of other tasks). Best of each column in bold. NFE: network evaluations per image; ms: per image, in"
-        " batches; a range over data sets where they differ.",
+        "Mean over the categories of each data set, of the mean over seeds; small figures: ± one standard deviation"
+        " over seeds of the mean over categories, and how many categories where some are missing (such a mean is never"
+        " bold, for it is of other tasks). Best of each column in bold. NFE: network evaluations per image; ms: per"
+        " image, in batches; a range over data sets where they differ.",
     )  # fmt: skip
 
 
@@ -108,6 +108,11 @@ def _over_datasets(benchmark: Benchmark, method: str, read: Callable[[Result], f
     return range_of(means)
 
 
+def _mean_of(values: Sequence[float | None]) -> Cell:
+    known = [value for value in values if value is not None]
+    return range_of([fmean(known)]) if known else Cell()
+
+
 def range_of(values: Sequence[float]) -> Cell:
     """One number, or the least and the greatest."""
     if not values:
@@ -140,17 +145,18 @@ def metrics_table(benchmark: Benchmark, dataset: str) -> Table:
     for name, field in (("FPR", "realised_fpr"), ("TPR", "realised_tpr")):
         columns.append((Heading(name, "At the threshold"), [_rate(benchmark, dataset, m, field) for m in methods]))
     for name, read in (("NFE", _nfe), ("ms", _ms)):
-        cells = [range_of([v for row in benchmark.rows(dataset, m) if (v := read(row)) is not None]) for m in methods]
+        cells = [_mean_of([read(row) for row in benchmark.rows(dataset, m)]) for m in methods]
         columns.append((Heading(name, "Cost per image"), cells))
     target = benchmark.rows(dataset, methods[0])[0].target_fpr
     rows = [method_row(benchmark, method, [cells[i] for _, cells in columns]) for i, method in enumerate(methods)]
     return Table(
-        f"{slug(dataset)}-metrics", f"{dataset}: methods and metrics", "Method", [heading for heading, _ in columns],
+        f"{slug(dataset)}-metrics", "Methods and metrics", "Method", [heading for heading, _ in columns],
         rows,
-        f"Means over {counted(benchmark, dataset)}. Small figures: ± one standard deviation over seeds. The interval is a"
-        f" stratified bootstrap over test images and does not hold the spread over seeds. Thresholds aim at a"
-        f" false-positive rate of {100 * target:.3g}\u00a0%. ms: per image in batches, from decoded pixels to verdict."
-        f" Best of each column in bold.",
+        f"{counted(benchmark, dataset)}; with several, means. Small figures: ± one standard deviation over seeds. The"
+        f" interval is a stratified bootstrap over test images and does not hold the spread over seeds. Thresholds aim"
+        f" at a false-positive rate of {100 * target:.3g}\u00a0%. ms: per image in batches, from decoded pixels to"
+        f" verdict. Best of each column in bold.",
+        scope=dataset,
     )  # fmt: skip
 
 
@@ -188,9 +194,9 @@ def categories_table(benchmark: Benchmark, dataset: str) -> Table | None:
     means = [benchmark.score(dataset, method) for method in methods]
     rows.append(Row("mean", _complete(benchmark, dataset, means, 1), main=True))
     return Table(
-        f"{slug(dataset)}-categories", f"{dataset}: AUROC of every category", "Category", _headings(benchmark, methods),
-        rows, "Small figures: ± one standard deviation over seeds, or the 95\u00a0% interval over test images where there is"
-        " one seed. Best of each row in bold.",
+        f"{slug(dataset)}-categories", "AUROC of every category", "Category", _headings(benchmark, methods),
+        rows, "Small figures: ± one standard deviation over seeds, or the 95\u00a0% interval over test images where"
+        " there is one seed. Best of each row in bold.", scope=dataset,
     )  # fmt: skip
 
 
@@ -228,9 +234,10 @@ def defects_table(benchmark: Benchmark, dataset: str) -> Table | None:
     if not rows:
         return None
     return Table(
-        f"{slug(dataset)}-kinds", f"{dataset}: AUROC of every kind of anomaly", "Kind", _headings(benchmark, methods),
+        f"{slug(dataset)}-kinds", "AUROC of every kind of anomaly", "Kind", _headings(benchmark, methods),
         rows, "Each kind against the normal test images of its category. Small figures: ± one standard deviation over"
         " seeds, or the 95\u00a0% interval over test images where there is one seed. Best of each row in bold.",
+        scope=dataset,
     )  # fmt: skip
 
 
@@ -268,12 +275,13 @@ def differences_table(benchmark: Benchmark, dataset: str, found: Sequence[Verdic
         rows.append(method_row(benchmark, v.against.method, cells, note=f"minus {' or '.join(v.against.references)}"))
     headings = [Heading(name) for name in ("AUROC", "p", "p, Holm", "cells", "verdict")]
     return Table(
-        f"{slug(dataset)}-differences", f"{dataset}: differences to the best classic method", "Method", headings, rows,
+        f"{slug(dataset)}-differences", "Differences to the best classic method", "Method", headings, rows,
         "Mean over categories and seeds of the difference in AUROC on the same test images, with a 95\u00a0% bootstrap"
         " interval that resamples categories, seeds and images (small figures). p is two-sided, from the same draws;"
         f" Holm's correction is over the {len(rows)} comparison{'s' * (len(rows) > 1)} of this data set; the verdict is"
         " at 0.05 after it. In every category and seed the classic method with the highest test AUROC is taken, which"
         " favours it. A level with few members (two or three seeds, few categories) understates its spread.",
+        scope=dataset,
     )  # fmt: skip
 
 
@@ -291,8 +299,8 @@ def direction_tables(benchmark: Benchmark) -> list[Table]:
     tables = [Table(
         "direction", "Direction of the score", "Method", [Heading(dataset) for dataset in benchmark.datasets], rows,
         "Mean AUROC, with its 95\u00a0% interval over test images, and in how many categories it lies below one half."
-        " ▼: below one half with the whole interval, so the score runs backwards there; ▽: below, but the interval holds"
-        " one half.",
+        " ▼: below one half with the whole interval, so the score runs backwards there; ▽: below, but the interval"
+        " holds one half.",
     )]  # fmt: skip
     if low:
         headings = [Heading("AUROC"), Heading("95\u00a0% interval"), Heading("direction")]

@@ -21,7 +21,7 @@ _MANY_ROWS = 24
 
 @dataclass(frozen=True)
 class Heading:
-    """A column. ``better`` is 1 where more is better, -1 where less is; ``part`` is what stands above its neighbours."""
+    """A column. ``better`` is 1 where more is better, -1 where less is; ``part`` stands above its neighbours."""
 
     name: str
     part: str = ""
@@ -30,7 +30,10 @@ class Heading:
 
 @dataclass(frozen=True)
 class Table:
-    """``name`` becomes the file's name; ``corner`` heads the column of row names; ``caption`` says what cells hold."""
+    """``name`` becomes the file's name; ``corner`` heads the column of row names; ``caption`` says what cells hold.
+
+    ``scope`` is the data set it is about, where its title alone does not say.
+    """
 
     name: str
     title: str
@@ -38,6 +41,12 @@ class Table:
     headings: Sequence[Heading]
     rows: Sequence[Row]
     caption: str = ""
+    scope: str = ""
+
+    @property
+    def full_title(self) -> str:
+        """With the scope in front."""
+        return f"{self.scope}: {self.title}" if self.scope else self.title
 
     @property
     def parts(self) -> list[tuple[str, int]]:
@@ -56,7 +65,7 @@ class Table:
     @property
     def is_wide(self) -> bool:
         """Whether its headings should stand upright on the page."""
-        return len(self.headings) > _MANY_COLUMNS and max(len(h.name) for h in self.headings) > 14
+        return len(self.headings) > _MANY_COLUMNS and not self.parts
 
     @property
     def is_long(self) -> bool:
@@ -115,7 +124,7 @@ _LATEX = {
 
 
 def escape_latex(text: str) -> str:
-    """The text as LaTeX shows it; ``"`` needs ``\\usepackage[T1]{fontenc}``."""
+    """The text as LaTeX shows it; a straight quote needs T1 fonts."""
     return "".join(_LATEX.get(character, character) for character in text)
 
 
@@ -133,7 +142,7 @@ def to_latex(table: Table) -> str:
     inner += [r"\bottomrule", r"\end{tabular}"]
     if len(table.headings) > _MANY_COLUMNS:
         inner = [r"\resizebox{\linewidth}{!}{%", *inner, "}"]
-    caption = escape_latex(f"{table.title}. {table.caption}".strip())
+    caption = escape_latex(f"{table.full_title}. {table.caption}".strip())
     lines = [
         "% raydiff report; \\usepackage[T1]{fontenc}, \\usepackage{booktabs,graphicx,amssymb}", r"\begin{table}",
         r"\centering", rf"\caption{{{caption}}}", rf"\label{{tab:{table.name}}}", *inner, r"\end{table}",

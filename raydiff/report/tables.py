@@ -129,7 +129,7 @@ def part_name(row: Result | Comparison) -> str:
 
 
 def group(evaluations: Sequence[Evaluation]) -> dict[str, list[Group]]:
-    """Groups by data set (a part for each category of it), in order of appearance; of several runs of a seed the last."""
+    """Groups by data set (or a part of it, its category) in order of appearance; of several runs of a seed the last."""
     found: dict[tuple[str, str], list[Evaluation]] = {}
     for evaluation in latest(evaluations):
         row = evaluation.rows[0]
