@@ -86,7 +86,7 @@ def photographs(dataset: dict[str, Any], *, channels: int) -> ExperimentConfig:
             "training.ema_decay": 0.995,
             "training.validate_every": 500,
             "training.checkpoint_every": 500,
-            "scoring": {"name": "denoising_error", "num_inference_steps": 1, "start": 0.3, "stop": 0.4},
+            "scoring": {"name": "denoising_error", "num_inference_steps": 1, "start": 0.5, "stop": 0.6},
             "scoring.blur": 0.0,
             "scoring.pooling_share": 0.016,
             "execution.num_workers": 2,
