@@ -7,6 +7,8 @@ Pixels are real numbers here and are not rounded to 256 levels, which an image f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -65,7 +67,7 @@ def pgd(
         best, furthest = _further(best, furthest, point, value * wanted.flatten())
         point = (point + step * wanted * gradient.sign()).clamp(low, high)
     with torch.no_grad():
-        value = torch.cat([detector.surrogate(few) for few in point.split(_IMAGES_AT_ONCE)])
+        value = torch.cat([detector.surrogate(few) for few in _few(point)])
     return _further(best, furthest, point, value * wanted.flatten())[0]
 
 
@@ -78,8 +80,13 @@ def _start(images: Tensor, budget: float, seed: int | None) -> Tensor:
 
 def _gradient(detector: Detector, images: Tensor) -> tuple[Tensor, Tensor]:
     """The surrogate (B,) and its gradient (B, C, H, W), each row's own; a few images at a time, for memory."""
-    parts = [_gradient_of_few(detector, few) for few in images.split(_IMAGES_AT_ONCE)]
+    parts = [_gradient_of_few(detector, few) for few in _few(images)]
     return torch.cat([value for value, _ in parts]), torch.cat([gradient for _, gradient in parts])
+
+
+def _few(images: Tensor) -> Iterator[Tensor]:
+    for start in range(0, len(images), _IMAGES_AT_ONCE):
+        yield images[start : start + _IMAGES_AT_ONCE]
 
 
 def _gradient_of_few(detector: Detector, images: Tensor) -> tuple[Tensor, Tensor]:

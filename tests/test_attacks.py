@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from raydiff import registry
 from raydiff.attacks import pgd
 from raydiff.config import component_options
-from raydiff.detector import BaselineDetector
+from raydiff.detector import BaselineDetector, DiffusionDetector
 from raydiff.errors import ConfigError, ShapeError
+from raydiff.testing import small_images
 
 ANOMALOUS = torch.tensor([True, False] * 5)
 
@@ -56,6 +58,35 @@ def test_an_image_is_attacked_alone(detector, digit_images):
 
 def test_the_surrogate_is_the_score_up_to_rounding(detector, digit_images):
     torch.testing.assert_close(detector.surrogate(digit_images).detach(), detector.score(digit_images).image)
+
+
+@pytest.mark.parametrize("name", registry.names("scorers"))
+def test_every_scorer_can_be_attacked(tiny_config, name):
+    """With an untrained network and the condition it needs: its surrogate is the score, and has a gradient."""
+    images = small_images(24)
+    detector = untrained(tiny_config, name).calibrate(images[:20])
+    surrogate, before = detector.surrogate(images[20:]).detach(), detector.score(images[20:]).image
+    torch.testing.assert_close(surrogate, before, rtol=1e-3, atol=1e-3)
+    attacked = pgd(detector, images[20:], ANOMALOUS[:4], budget=0.2, num_steps=2)
+    shift = detector.score(attacked).image - before
+    assert float(shift[ANOMALOUS[:4]].max()) < 1e-3
+    assert float(shift[~ANOMALOUS[:4]].mean()) > 0.01
+
+
+def untrained(config, scorer):
+    """A detector whose network has every weight moved, so that none of its parts is silent."""
+    for condition in ("none", "rotation"):
+        changed = {"objective.condition": condition, "scoring": {"name": scorer}}
+        try:
+            detector = DiffusionDetector.create(config.override(changed), num_classes=1)
+        except ConfigError:
+            continue
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for weight in detector.network.parameters():
+                weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.05)
+        return detector
+    raise AssertionError(f"{scorer} fits no condition")
 
 
 @pytest.mark.parametrize("name", ["knn", "ocsvm"])
