@@ -121,6 +121,30 @@ def test_own_folder_prepare_fit_evaluate_score_report(parts: Path, tmp_path: Pat
 
 @pytest.mark.distributed
 @pytest.mark.usefixtures("ray_cluster")
+def test_prepare_takes_a_name(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    more = ["--set", "data.max_train_images=12", "--set", "data.max_test_images=6"]
+    assert "9 train, 3 calibration, 6 test images" in run("prepare", "folder", "--source", parts, *more).output
+    assert ShardSet.is_finished("shards/folder")
+    assert run("prepare", "folder", "--source", parts, *more).exit_code == 0
+    message = refused(1, "prepare", "folder", "--source", parts)
+    assert "was prepared with data.max_test_images = 6" in message
+
+
+def test_prepare_says_what_it_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "did you mean 'mnist'" in refused(2, "prepare", "mnits", "--source", "x")
+    assert "data.dataset.source is missing" in refused(2, "prepare", "mnist")
+    assert "nothing here can fetch mvtec_ad; MVTec" in refused(2, "prepare", "mvtec_ad", "--download", "data")
+    assert "is not a data set that is published" in refused(2, "prepare", "digits", "--download", "data")
+    assert "give one of them" in refused(2, "prepare", "mnist", "--download", "data", "--source", "data")
+    assert "needs a data set's name" in refused(2, "prepare", "--download", "data")
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
+    assert "MNIST could not be fetched" in refused(1, "prepare", "mnist", "--download", "data")
+    assert not (tmp_path / "shards").exists()
+
+
 def test_prepared_shards_are_never_replaced_and_need_no_source(parts: Path, tmp_path: Path) -> None:
     shards, out = tmp_path / "shards", tmp_path / "run"
     run("prepare", "--out", shards, *folder_config(parts))

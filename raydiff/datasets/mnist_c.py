@@ -16,7 +16,7 @@ import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator
@@ -195,21 +195,22 @@ def _members(place: Path, _version: str) -> dict[str, str]:
 @lru_cache(maxsize=4)
 def _read_pair(place: Path, stem: str, _version: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     images, labels = _read_array(place, f"{stem}_images.npy"), _read_array(place, f"{stem}_labels.npy")
-    if images.dtype != np.uint8 or images.shape not in ((len(images), 28, 28), (len(images), 28, 28, 1)):
+    if images.dtype != np.uint8 or images.ndim < 3 or images.shape[1:] not in ((28, 28), (28, 28, 1)):
         raise DataError(f"{place}: {stem}_images.npy is {images.dtype} {images.shape}; expected uint8 (n, 28, 28, 1)")
-    if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or not ((labels >= 0) & (labels <= 9)).all():
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or not np.isin(labels, np.arange(10)).all():
         raise DataError(f"{place}: {stem}_labels.npy is not one digit, 0 to 9, for each of {len(images)} images")
-    return images.reshape(-1, 28, 28), labels.astype(np.uint8)
+    pixels: NDArray[np.uint8] = images.reshape(len(images), 28, 28)
+    return pixels, labels.astype(np.uint8)
 
 
-def _read_array(place: Path, name: str) -> NDArray[np.generic]:
+def _read_array(place: Path, name: str) -> NDArray[Any]:
     try:
         if place.is_file():
             with zipfile.ZipFile(place) as file:
                 content = file.read(_members(place, fingerprint(place))[name])
         else:
             content = (place / name).read_bytes()
-        array: NDArray[np.generic] = np.load(io.BytesIO(content), allow_pickle=False)
+        array: NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{place}: {name} is truncated or unreadable ({reason}); unpack mnist_c.zip again") from error

@@ -119,6 +119,7 @@ def test_other_counts_and_labels_are_refused(official: Path) -> None:
     [
         (np.zeros((COUNT, 28, 28), np.float32), r"fog/test_images.npy is float32 \(30, 28, 28\); expected uint8"),
         (np.zeros((COUNT, 32, 32, 1), np.uint8), r"is uint8 \(30, 32, 32, 1\)"),
+        (np.uint8(3), r"is uint8 \(\); expected uint8"),
         (np.array([{"a": 1}]), "fog/test_images.npy is truncated or unreadable .*allow_pickle=False"),
     ],
 )
