@@ -15,15 +15,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from raydiff.config import NO_EFFECT, DataConfig, ExperimentConfig, Options, component_options
+from raydiff.config import DataConfig, ExperimentConfig, Options, component_options
 from raydiff.errors import ConfigError
 from raydiff.shards.layout import recorded_fields
 from raydiff.suite import Method, Resources, Suite, load_suite, merged
 
 __all__ = ["Cell", "Plan", "Training", "plan"]
 
-_TRAINING_SCORING = {"name": "denoising_error", "num_inference_steps": 1}
-"""What a training's own artefact scores with; every method replaces it."""
+_PATHS = ("source", "mnist")
+"""Options of data sets that are relative to ``--data``."""
 
 _DEFAULT_NAMES = {
     "data": {"dataset": {"name": "digits"}}, "space": {"name": "pixel"}, "denoiser": {"name": "unet"},
@@ -154,7 +154,7 @@ class _Layout:
         )  # fmt: skip
 
     def _add_training(self, method: Method, written: ExperimentConfig, shards: str, dataset: str, category: str) -> str:
-        fitted = written.model_copy(update={"scoring": component_options("scorers", _TRAINING_SCORING)})
+        fitted = written.model_copy(update={"scoring": _training_scoring(written)})
         key = _short(fitted.digest())
         if key not in self.trainings:
             name = f"{method.training}/{dataset}/{category or '-'}/{written.seed}"
@@ -194,11 +194,8 @@ class _Layout:
         dataset = config.data.dataset
         places = {
             f"data.dataset.{option}": str(self._data_dir / Path(value).expanduser())
-            for option, field in type(dataset).model_fields.items()
-            if (option == "source" or field.json_schema_extra == NO_EFFECT)
-            and isinstance(value := getattr(dataset, option), str)
-            and value
-            and "://" not in value
+            for option in _PATHS
+            if isinstance(value := getattr(dataset, option, None), str) and value and "://" not in value
         }
         return config.override(places)
 
@@ -227,3 +224,10 @@ def _one_line(error: Exception) -> str:
         return str(error)
     first = error.errors()[0]
     return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _training_scoring(config: ExperimentConfig) -> Options:
+    """What a training's own artefact scores with, one step that it knows; every method replaces it."""
+    low, high = config.objective.step_range
+    fields = {"name": "denoising_error", "num_inference_steps": 1, "start": low, "stop": high}
+    return component_options("scorers", fields)

@@ -113,7 +113,7 @@ class Result(BaseModel):
 
 _CIRCUMSTANCES = (
     "ms_per_image_alone", "ms_per_image", "ms_per_image_best", "best_batch_size", "training_seconds", "peak_memory_mb",
-    "hardware", "created", "command",
+    "hardware", "created", "command", "commit",
 )  # fmt: skip
 
 
