@@ -86,7 +86,9 @@ def begin_run(run_dir: Path, config: ExperimentConfig, shards: ShardSet) -> None
         StorageError: the folder cannot be written.
     """
     shards.check(config.data)
-    DiffusionDetector.create(config, num_classes=len(shards.normal_classes)).space.check()
+    fresh = DiffusionDetector.create(config, num_classes=len(shards.normal_classes))
+    fresh.space.check()
+    fresh.scorer.state()  # the weights that it needs are there
     temporary = run_dir / f".{CONFIG}.tmp"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -100,7 +100,9 @@ def _of_methods(plan: Plan, facts: dict[str, _Facts]) -> Iterator[RaydiffError]:
                 getattr(baseline, "check", lambda: None)()
             else:
                 classes = facts[cell.shards].num_normal_classes
-                DiffusionDetector.create(cell.config, num_classes=classes).space.check()
+                fresh = DiffusionDetector.create(cell.config, num_classes=classes)
+                fresh.space.check()
+                fresh.scorer.state()  # the weights that it needs are there
         except RaydiffError as error:
             yield type(error)(f"methods.{cell.method} on datasets.{cell.dataset}: {error}")
 

@@ -23,7 +23,7 @@ def fit_density(kind: DensityKind, vectors: np.ndarray, *, num_components: int =
     """Fit a density to z-scored vectors.
 
     ``mahalanobis``: one Gaussian, covariance shrunk after Ledoit and Wolf 2004. ``gaussian_mixture``: full
-    covariances, at most one component per ten vectors. ``kde``: Gaussian kernels, Scott's bandwidth.
+    covariances, at most one component per ten vectors and per 2 d of them. ``kde``: Gaussian kernels, Scott's bandwidth.
 
     Args:
         kind: which.
@@ -49,7 +49,7 @@ def fit_density(kind: DensityKind, vectors: np.ndarray, *, num_components: int =
     else:
         from sklearn.mixture import GaussianMixture
 
-        components = max(1, min(num_components, len(z) // 10))
+        components = max(1, min(num_components, len(z) // max(10, 2 * z.shape[1])))
         mixture = GaussianMixture(components, reg_covar=1e-2, random_state=0, n_init=3).fit(z)
         state |= {"means": mixture.means_, "weights": mixture.weights_}
         state["precision_roots"] = mixture.precisions_cholesky_

@@ -1,5 +1,7 @@
 """``conditioned``: the steering in closed form, and what it leaves."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -71,13 +73,11 @@ def test_features_are_a_second_map(features):
     scorer, model, x = build(**features), ORACLE.model(), ORACLE.sample((3, 3, 16, 16))
     evidence = scorer.measure(model, x)
     assert torch.equal(evidence[:, :1], build().measure(model, x))
+    source = {"file": features["feature_weights"]}
     network = timm.create_model(
-        "test_efficientnet", features_only=True, out_indices=(0,), pretrained_cfg_overlay={"file": features["feature_weights"]},
-        pretrained=True,
-    ).eval()  # fmt: skip
-    settings = (
-        network.default_cfg if hasattr(network, "default_cfg") else timm.create_model("test_efficientnet").default_cfg
-    )
+        "test_efficientnet", features_only=True, out_indices=(0,), pretrained=True, pretrained_cfg_overlay=source
+    ).eval()
+    settings = timm.create_model("test_efficientnet").default_cfg
     mean, std = (torch.tensor(settings[key])[:, None, None] for key in ("mean", "std"))
     with torch.no_grad():
         left, right = (network(((image + 1) / 2 - mean) / std)[0] for image in (x, scorer.reconstruct(model, x)))
@@ -92,19 +92,16 @@ def test_the_network_travels_with_the_artefact(features, tmp_path):
     detector = DiffusionDetector.create(config, num_classes=1).calibrate(small_images(20))
     assert detector.pretrained == "test_efficientnet (tiny.safetensors)"
     detector.save(tmp_path / "artefact")
-    moved = config.model_dump(mode="json")["scoring"]["feature_weights"]
-    hidden = tmp_path / "hidden"
-    from pathlib import Path
-
-    Path(moved).rename(hidden)
+    weights, hidden = Path(features["feature_weights"]), tmp_path / "hidden"
+    weights.rename(hidden)
     try:
         loaded = load_detector(tmp_path / "artefact")
         images = small_images(4, seed=2)
         assert torch.equal(loaded.score(images).image, detector.score(images).image)
-        with pytest.raises(ConfigError, match="tiny.safetensors: cannot be read"):
+        with pytest.raises(ConfigError, match=r"tiny.safetensors: cannot be read"):
             build(**features).state()
     finally:
-        hidden.rename(moved)
+        hidden.rename(weights)
 
 
 def test_features_compare_images(features):
