@@ -144,8 +144,8 @@ def _log_axis(axes: Axes, values: Sequence[float]) -> None:
 def _name_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
     """Set each name at the best place near its point, with a thin line where that is not beside it."""
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    renderer = canvas.get_renderer()
+    canvas.draw()  # type: ignore[no-untyped-call]
+    renderer = canvas.get_renderer()  # type: ignore[no-untyped-call]
     scale = figure.dpi / 72
     at = [tuple(float(v) for v in axes.transData.transform((point.cost, point.auroc))) for point in points]
     taken = [Bbox.from_bounds(x - 5 * scale, y - 5 * scale, 10 * scale, 10 * scale) for x, y in at]
@@ -190,14 +190,14 @@ class _Place:
 
     def _cost(self, box: Bbox) -> float:
         frame = self.frame
-        outside = max(0.0, frame.x0 - box.x0) + max(0.0, box.x1 - frame.x1)
+        outside = float(max(0.0, frame.x0 - box.x0) + max(0.0, box.x1 - frame.x1))
         outside += max(0.0, frame.y0 - box.y0) + max(0.0, box.y1 - frame.y1)
         crossed = sum(_overlap(box, other) for other in self.taken)
         return 1000 * (outside + crossed) + 25 * sum(_overlap(box, bar) > 0 for bar in self.bars)
 
 
 def _overlap(a: Bbox, b: Bbox) -> float:
-    width, height = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+    width, height = float(min(a.x1, b.x1) - max(a.x0, b.x0)), float(min(a.y1, b.y1) - max(a.y0, b.y0))
     return width * height if width > 0 and height > 0 else 0.0
 
 
@@ -214,8 +214,8 @@ def growth_figure(growth: Growth, looks: Mapping[str, Style], name: str) -> str:
                       linewidth=1.4, label=label)  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel="Side of the image (px, log scale)",
                  ylabel=f"{growth.unit} (log scale)".capitalize())  # fmt: skip
-        sides = sorted({side for points in growth.points.values() for side, _ in points})
-        axes.xaxis.set_major_locator(FixedLocator(sides))
+        ticks = sorted({side for points in growth.points.values() for side, _ in points})
+        axes.xaxis.set_major_locator(FixedLocator(ticks))
         axes.xaxis.set_minor_locator(NullLocator())
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -249,7 +249,7 @@ def robustness_figure(panel: Robustness, looks: Mapping[str, Style], bottom: flo
 def legend_figure(methods: Sequence[str], looks: Mapping[str, Style], name: str) -> str:
     """What the lines of several panels are."""
     handles = [
-        Line2D([], [], color=looks[m].colour, linestyle=looks[m].dashes, marker=looks[m].marker, markersize=4, label=m)
+        Line2D([], [], color=looks[m].colour, ls=looks[m].dashes, marker=looks[m].marker, markersize=4, label=m)
         for m in methods
     ]
     with mpl.rc_context(SETTINGS):

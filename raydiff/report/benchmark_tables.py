@@ -118,8 +118,9 @@ def range_of(values: Sequence[float]) -> Cell:
     if not values:
         return Cell()
     low, high = short(min(values)), short(max(values))
-    ends = {} if low == high else {"low": min(values), "high": max(values)}
-    return Cell(low if low == high else f"{low}–{high}", "", fmean(values), **ends)
+    if low == high:
+        return Cell(low, "", fmean(values))
+    return Cell(f"{low}–{high}", "", fmean(values), low=min(values), high=max(values))
 
 
 def short(value: float) -> str:
@@ -253,7 +254,7 @@ class Verdict:
 def verdicts(benchmark: Benchmark, dataset: str, alpha: float = 0.05) -> list[Verdict]:
     """Every comparison of a data set, p-values corrected over all of them (Holm)."""
     found = benchmark.differences(dataset)
-    adjusted = holm([against.difference.p_value for against in found]) if found else []
+    adjusted = holm([against.difference.p_value for against in found])
     return [
         Verdict(a, float(p), 0 if p >= alpha else 1 if a.difference.estimate.value > 0 else -1)
         for a, p in zip(found, adjusted, strict=True)

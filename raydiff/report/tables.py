@@ -161,8 +161,8 @@ def summarise(estimates: Sequence[Estimate | None]) -> Cell:
     if known[0].low is None or known[0].high is None:
         return Cell(f"{mean:.3f}", "", mean)
     low, high = f"{known[0].low:.3f}", f"{known[0].high:.3f}"
-    ends = {"low": known[0].low, "high": known[0].high}
-    return Cell(f"{mean:.3f}", f"{low}–{high}", mean, has_width=low != high, **ends)
+    ends = known[0]
+    return Cell(f"{mean:.3f}", f"{low}–{high}", mean, has_width=low != high, low=ends.low, high=ends.high)
 
 
 @dataclass(frozen=True)
