@@ -96,13 +96,14 @@ class OneClassSVM(RowBaseline):
 
     def surrogate(self, images: Tensor) -> Tensor:
         """The score with gradients to ``images`` (B, C, H, W), float64 (B,), for attacks; last bits differ."""
-        to = {"device": images.device, "dtype": torch.float64}
         support, centre, width, coefficients = (
-            torch.as_tensor(x, **to) for x in (self._support, self._centre, self._width, self._coefficients)
+            torch.as_tensor(part, dtype=torch.float64, device=images.device)
+            for part in (self._support, self._centre, self._width, self._coefficients)
         )
         rows, support = (self._rows(images).double() - centre) / width, (support - centre) / width
         kernel = torch.exp(-self._gamma * torch.cdist(rows, support).square())  # (B, M)
-        return -(kernel @ coefficients + self._intercept)
+        inside: Tensor = kernel @ coefficients + self._intercept
+        return -inside
 
     def _kernel_gamma(self, z: Rows) -> float:
         if not isinstance(self.options.gamma, str):
