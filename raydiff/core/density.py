@@ -23,7 +23,7 @@ def fit_density(kind: DensityKind, vectors: np.ndarray, *, num_components: int =
     """Fit a density to z-scored vectors.
 
     ``mahalanobis``: one Gaussian, covariance shrunk after Ledoit and Wolf 2004. ``gaussian_mixture``: full
-    covariances, at most one component per ten vectors and per 2 d of them. ``kde``: Gaussian kernels, Scott's bandwidth.
+    covariances, at most one component per ten vectors and per 2 d. ``kde``: Gaussian kernels, Scott's bandwidth.
 
     Args:
         kind: which.
