@@ -171,6 +171,9 @@ class ObjectiveConfig(Section):
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
     loss_weighting: Literal["uniform", "min_snr"] = "uniform"
     min_snr_gamma: float = Field(5.0, gt=0, description="Hang et al. 2023 (arXiv:2303.09556)")
+    step_range: tuple[float, float] = Field(
+        (0.0, 1.0), description="lowest and highest step that is trained, as shares of T; scorers must stay within"
+    )
     condition: Literal["none", "class", "rotation"] = Field(
         "none",
         description="what the denoiser is told: nothing, the image's class, or by how many quarter turns it was rotated"
@@ -179,6 +182,13 @@ class ObjectiveConfig(Section):
     condition_dropout: float = Field(
         0.1, ge=0, le=1, description="share of labels replaced by 'none' when there is a condition"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        low, high = self.step_range
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"step_range is {list(self.step_range)}; it must rise, between 0 and 1")
+        return self
 
 
 class TrainingConfig(Section):

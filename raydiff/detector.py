@@ -38,6 +38,7 @@ __all__ = [
     "load_detector",
     "num_conditions",
     "schedule_of",
+    "trained_steps",
 ]
 
 NUM_ROTATIONS = 4
@@ -238,8 +239,7 @@ class DiffusionDetector(Detector):
         if space_state:
             space.load_state(space_state)
         scorer: Scorer = registry.build("scorers", config.scoring)
-        scorer.timesteps(schedule_of(config))  # refuse what cannot be scored before anything is trained
-        scorer.check(num_conditions(config, num_classes))
+        _check_scorer(scorer, config, num_classes)  # refuse what cannot be scored before anything is trained
         return cls(
             config=config,
             provenance={"num_classes": num_classes, **(provenance or {})},
@@ -280,8 +280,7 @@ class DiffusionDetector(Detector):
         """The same network with another scorer; it must be calibrated again."""
         config = self.config.model_copy(update={"scoring": scoring})
         scorer: Scorer = registry.build("scorers", scoring)
-        scorer.timesteps(schedule_of(config))
-        scorer.check(num_conditions(config, int(self.provenance["num_classes"])))
+        _check_scorer(scorer, config, int(self.provenance["num_classes"]))
         return replace(self, config=config, scorer=scorer, statistics={}, calibration=None, artifact_digest=None)
 
     def measure(self, images: Tensor) -> Tensor:
@@ -471,6 +470,27 @@ def build_denoiser(config: ExperimentConfig, space: Space, num_classes: int) -> 
 def num_conditions(config: ExperimentConfig, num_classes: int) -> int | None:
     """How many labels the denoiser knows; None for an unconditional one."""
     return {"none": None, "class": num_classes, "rotation": NUM_ROTATIONS}[config.objective.condition]
+
+
+def trained_steps(config: ExperimentConfig) -> range:
+    """The steps that ``objective.step_range`` trains, 0-based."""
+    low, high = (round(share * (config.schedule.num_train_timesteps - 1)) for share in config.objective.step_range)
+    return range(low, high + 1)
+
+
+def _check_scorer(scorer: Scorer, config: ExperimentConfig, num_classes: int) -> None:
+    """See that the denoiser will know the scorer's steps and conditions.
+
+    Raises:
+        ConfigError: it will not.
+    """
+    steps, trained = scorer.timesteps(schedule_of(config)), trained_steps(config)
+    if outside := [t for t in steps if t not in trained]:
+        raise ConfigError(
+            f"scoring {config.scoring.name} looks at step {outside[0]} of {config.schedule.num_train_timesteps};"
+            f" objective.step_range trains {trained[0]} to {trained[-1]} alone: change one of them"
+        )
+    scorer.check(num_conditions(config, num_classes))
 
 
 def schedule_of(config: ExperimentConfig) -> NoiseSchedule:

@@ -25,7 +25,7 @@ from raydiff.contracts import Space
 from raydiff.core.diffusion import keyed_seed
 from raydiff.core.objective import diffusion_loss, loss_weights
 from raydiff.core.schedule import target
-from raydiff.detector import NUM_ROTATIONS, DiffusionDetector, schedule_of, tensors_below
+from raydiff.detector import NUM_ROTATIONS, DiffusionDetector, schedule_of, tensors_below, trained_steps
 from raydiff.errors import ArtifactError, TrainingError
 from raydiff.images import to_tensor
 from raydiff.runtime import Runtime
@@ -217,7 +217,8 @@ class _Loop:
             latents = self.latents.of(held_out.images[rows], [held_out.ids[i] for i in rows], turns=turns)
             keys = [("held-out", self.config.seed, held_out.ids[i]) for i in rows]
             spread = torch.tensor([(i + 0.5) / total for i in rows], dtype=torch.float64)
-            t = (spread * len(self.schedule)).long()  # evenly over the steps, so that the loss is comparable
+            steps = trained_steps(self.config)
+            t = steps[0] + (spread * len(steps)).long()  # evenly over the steps, so that the loss is comparable
             labels = torch.tensor(turns) if self.rotates else held_out.labels[rows]
             loss = self._denoise(network, latents, t, keys, labels)
             sums += torch.tensor([float(loss.double().sum()), len(rows)], dtype=torch.float64)
@@ -280,7 +281,8 @@ class _Loop:
         flips = [config.training.horizontal_flip and keyed_seed("flip", *key) % 2 == 1 for key in keys]
         turns = [keyed_seed("rotation", *key) % NUM_ROTATIONS if self.rotates else 0 for key in keys]
         latents = self.latents.of(to_tensor(batch.images), batch.ids, flips=flips, turns=turns)
-        t = torch.tensor([keyed_seed("step", *key) % len(self.schedule) for key in keys])
+        steps = trained_steps(config)
+        t = torch.tensor([steps[keyed_seed("step", *key) % len(steps)] for key in keys])
         labels = torch.tensor(turns) if self.rotates else torch.as_tensor(batch.labels)
         if self.num_classes is not None:
             dropped = [keyed_seed("label", *key) % 10**6 < 10**6 * config.objective.condition_dropout for key in keys]

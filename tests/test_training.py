@@ -15,7 +15,7 @@ import torch
 from raydiff.artifact import read_folder
 from raydiff.config import ExperimentConfig
 from raydiff.detector import load_detector
-from raydiff.errors import ArtifactError, NotCalibratedError, TrainingError
+from raydiff.errors import ArtifactError, ConfigError, NotCalibratedError, TrainingError
 from raydiff.experiment import cached, fit_locally, held_out_images, provenance_of
 from raydiff.runtime import CHECKPOINTS, LocalRuntime
 from raydiff.shards import ShardSet, TrainingBatch
@@ -271,3 +271,42 @@ except StorageError as error:
     run(tiny_config, digit_shards, tmp_path / "whole")
     assert run(tiny_config, digit_shards, tmp_path / "cut")[0]["step"] == 8
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+def test_only_the_steps_of_the_range_are_trained(
+    tiny_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raydiff.denoisers import unet
+
+    seen: list[torch.Tensor] = []
+    forward = unet.UNet.forward
+
+    def spied(self: unet.UNet, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
+        seen.append(t)
+        return forward(self, x, t, condition)
+
+    monkeypatch.setattr(unet.UNet, "forward", spied)
+    config = tiny_config.override({"objective.step_range": [0.3, 0.5], "scoring.start": 0.3, "scoring.stop": 0.5})
+    fit_locally(config, tmp_path, digit_shards)
+    steps = torch.cat(seen)
+    steps = steps[steps > 0]  # a chunk that is filled up has steps 0
+    assert int(steps.min()) >= 300
+    assert int(steps.max()) <= 500
+    assert len(steps.unique()) > 100
+
+
+def test_a_scorer_that_looks_beyond_the_trained_steps_is_refused(
+    tiny_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path
+) -> None:
+    config = tiny_config.override({"objective.step_range": [0.3, 0.5]})
+    with pytest.raises(ConfigError, match=r"scoring denoising_error looks at step 100 of 1000; objective.step_range tr"):
+        fit_locally(config, tmp_path, digit_shards)
+
+
+def test_images_are_turned_and_the_denoiser_told_by_how_much(
+    tiny_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path, digit_images: torch.Tensor
+) -> None:
+    config = tiny_config.override({"objective.condition": "rotation", "scoring": {"name": "contrast"}})
+    detector = fit_locally(config, tmp_path, digit_shards)
+    assert detector.num_evaluations == 16, "four steps for each of four turns"
+    assert detector.score(digit_images).image.isfinite().all()
