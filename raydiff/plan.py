@@ -123,7 +123,8 @@ def plan(path: str | Path, data_dir: str | Path | None = None) -> Plan:
         for category, assignments in dataset.assignments():
             for seed in suite.seeds:
                 for method in dataset.methods or tuple(suite.methods):
-                    layout.add(method, name, category, assignments, seed)
+                    if seed in suite.seeds_of(method):
+                        layout.add(method, name, category, assignments, seed)
     return Plan(Path(path), suite, tuple(layout.cells), layout.trainings, layout.shards)
 
 

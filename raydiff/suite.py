@@ -84,6 +84,9 @@ class Method(Section):
     scoring: dict[str, Any] | str | None = Field(None, description="the scorer and its options")
     baseline: dict[str, Any] | str | None = Field(None, description="the baseline and its options")
     resources: Resources | None = Field(None, description="by default those of the training, then of the suite")
+    seeds: tuple[int, ...] | None = Field(
+        None, min_length=1, description="only these of the suite's, for a method that takes long; all by default"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -147,6 +150,7 @@ class Suite(Section):
         """(key, names written there, names that exist)."""
         for name, method in self.methods.items():
             yield f"methods.{name}.training", [method.training] if method.training else None, self.trainings
+            yield f"methods.{name}.seeds", map(str, method.seeds or ()), list(map(str, self.seeds))
         metrics = (*IMAGE_METRICS, *PIXEL_METRICS)
         for name, dataset in self.datasets.items():
             yield f"datasets.{name}.methods", dataset.methods, self.methods
@@ -156,6 +160,11 @@ class Suite(Section):
         if self.robustness is not None:
             yield "robustness.methods", self.robustness.methods, self.methods
             yield "robustness.datasets", self.robustness.datasets, self.datasets
+
+    def seeds_of(self, method: str) -> tuple[int, ...]:
+        """The method's seeds, in the suite's order."""
+        own = self.methods[method].seeds
+        return tuple(seed for seed in self.seeds if own is None or seed in own)
 
     def training(self, name: str) -> tuple[dict[str, Any], Resources]:
         """A training's config fields and what a task of it holds."""
