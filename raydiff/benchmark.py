@@ -50,6 +50,7 @@ __all__ = [
     "Benchmark",
     "Cell",
     "Plan",
+    "check_unfinished",
     "finished_cells",
     "is_trained",
     "plan",
@@ -118,8 +119,12 @@ def run_benchmark(
     result = Benchmark(sum(cell in done for cell in cells))
     if not tasks:
         return result
-    _check_unfinished(plan, out, tasks)
-    for progress in drive(tasks, workers(tasks)):
+    check_unfinished(plan, out, tasks)
+    try:
+        able = workers(tasks)
+    except ConfigError as error:
+        raise ConfigError(f"{plan.path}: {error}") from error
+    for progress in drive(tasks, able):
         task, outcome = progress.task, progress.outcome
         if outcome.failure is not None:
             result.failed[task.name] = outcome.failure
@@ -134,8 +139,10 @@ def run_benchmark(
     return result
 
 
-def _check_unfinished(plan: Plan, out: Path, tasks: Sequence[Task]) -> None:
-    """:func:`raydiff.preflight.check` of the cells that tasks are about."""
+def check_unfinished(plan: Plan, out: Path, tasks: Sequence[Task] | None = None) -> None:
+    """:func:`raydiff.preflight.check` of the cells that tasks are about, by default all that are not finished."""
+    if tasks is None:
+        tasks = tasks_of(plan, out, finished_cells(out))
     unfinished = {task.key for task in tasks}
     wanted = [cell for cell in plan.cells if {cell.cell_id, _robustness_key(cell)} & unfinished]
     check(plan.of(wanted), partial(_shards_place, out))

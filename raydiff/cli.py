@@ -199,7 +199,9 @@ def report(results: Path, out: Path | None, title: str) -> None:
 @click.option("--data", type=_Folder(), metavar="DIR", help="Where relative paths of data sets begin [here].")
 @click.option("--out", type=_Folder(), metavar="DIR", help="The benchmark's folder [runs/SUITE].")
 @click.option("--only", metavar="GLOB", help="Only cells whose method/dataset/category/seed match.")
-@click.option("--dry-run", is_flag=True, help="List cells and trainings, and which are done; run nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="List cells and trainings and which are done, and check all; run nothing."
+)
 @click.option("--serial", is_flag=True, help="In this process, one cell after the other, without Ray.")
 @click.option("--num-workers", type=click.IntRange(min=1), metavar="N", help="Tasks at a time, at most [what fits].")
 def benchmark(
@@ -217,8 +219,8 @@ def benchmark(
     """
     from contextlib import ExitStack
 
+    from raydiff.benchmark import check_unfinished, run_benchmark
     from raydiff.benchmark import plan as lay_out
-    from raydiff.benchmark import run_benchmark
     from raydiff.benchmark_command import failures, listing, progress_line, table, write_report
     from raydiff.tasks import SerialWorkers, Task, Workers
 
@@ -227,6 +229,7 @@ def benchmark(
     place = (out or Path("runs") / suite.stem).resolve()
     if dry_run:
         click.echo(listing(wanted, place))
+        check_unfinished(wanted, place)
         return
     command = shlex.join(["raydiff", *sys.argv[1:]])
     with ExitStack() as stack:

@@ -1,6 +1,6 @@
 """What is wrong with a benchmark, before anything runs: missing data, impossible combinations, shares nobody can give.
 
-Everything is looked at, so that one call names all that must be put right.
+Everything is looked at, so that one call counts all that must be put right, and names the first of it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from raydiff.shards.layout import plan_shards
 
 __all__ = ["check"]
 
-_PROBE_IMAGES = 16
+_PROBE_IMAGES, _MAX_SHOWN = 16, 3
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ def check(plan: Plan, shard_place: Callable[[str], Path]) -> None:
     problems += _of_robustness(plan)
     if problems:
         first, rest = problems[0], problems[1:]
-        more = f" (and {len(rest)} more: {'; '.join(str(problem) for problem in rest)})" if rest else ""
+        shown = [str(problem) for problem in rest[:_MAX_SHOWN]] + ["..."] * (len(rest) > _MAX_SHOWN)
+        more = f" (and {len(rest)} more: {'; '.join(shown)})" if rest else ""
         raise type(first)(f"{plan.path}: {first}{more}")
 
 

@@ -40,7 +40,9 @@ class RayWorkers:
     def submit(self, task: Task) -> None:
         """See :class:`raydiff.tasks.Workers`."""
         held = task.resources
-        remote = _perform.options(num_cpus=held.num_cpus, num_gpus=held.num_gpus, name=task.name)
+        remote = ray.remote(perform).options(
+            num_cpus=held.num_cpus, num_gpus=held.num_gpus, max_retries=_MAX_RETRIES, name=task.name
+        )
         self._running[remote.remote(task)] = task.key
 
     def next(self) -> Outcome:
@@ -60,11 +62,6 @@ class RayWorkers:
         for ref in self._running:
             ray.cancel(ref, force=True)
         self._running.clear()
-
-
-@ray.remote(max_retries=_MAX_RETRIES)
-def _perform(task: Task) -> Outcome:
-    return perform(task)
 
 
 def _room_for(task: Task) -> int:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from raydiff.benchmark import plan, run_benchmark
+from raydiff.benchmark import finished_cells, plan, run_benchmark
 from raydiff.distributed.benchmark import RayWorkers
 from raydiff.errors import ConfigError
 from raydiff.results import read_results
@@ -61,3 +66,21 @@ def test_what_no_node_can_give_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"training unet/digits/0/0: resources ask for 1 CPU and 64 GPU; none of"):
         run_benchmark(found, tmp_path / "out", RayWorkers)
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tmp_path: Path) -> None:
+    slow = {"unet": TINY["trainings"]["unet"] | {"training": {"num_steps": 100_000, "batch_size": 16}}}
+    path = write(tmp_path / "suite.yaml", QUICK | {"trainings": slow})
+    command = [sys.executable, "-m", "raydiff", "benchmark", str(path), "--out", str(tmp_path / "out"),
+               "--num-workers", "2"]  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        deadline = time.monotonic() + 200
+        while not finished_cells(tmp_path / "out") and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Interrupted; finished cells are kept. Go on with: raydiff benchmark" in said
+    assert "Traceback" not in said
+    assert 1 <= len(finished_cells(tmp_path / "out")) < 8
