@@ -39,9 +39,12 @@ def rank_figure(ranking: Ranking, name: str) -> str:
     height = first_row + 0.34 * half
     low, high = 1.0, float(k)
     with mpl.rc_context(SETTINGS):
-        figure = Figure(figsize=(7.6, 0.9 + 0.72 * height))
-        axes = figure.add_axes((0.02, 0.02, 0.96, 0.96))
-        axes.set(xlim=(low - 0.45 * (high - low), high + 0.45 * (high - low)), ylim=(height, -0.95))
+        margin = 0.7 + 0.08 * max(map(len, ranking.methods))  # inches for a name and its rank
+        width = max(7.6, 2 * margin + 3.4)
+        beside = (high - low) * margin / (width - 2 * margin)
+        figure = Figure(figsize=(width, 0.9 + 0.72 * height))
+        axes = figure.add_axes((0, 0.02, 1, 0.96))
+        axes.set(xlim=(low - beside, high + beside), ylim=(height, -0.95))
         axes.axis("off")
         axes.plot([low, high], [0, 0], color=INK, linewidth=1)
         for tick in range(1, k + 1):
@@ -58,7 +61,7 @@ def rank_figure(ranking: Ranking, name: str) -> str:
         for i, (method, rank) in enumerate(zip(ranking.methods, ranking.ranks, strict=True)):
             left = i < half
             y = first_row + 0.34 * (i if left else k - 1 - i)
-            x = low - 0.06 * (high - low) if left else high + 0.06 * (high - low)
+            x = low - 0.02 * (high - low) if left else high + 0.02 * (high - low)
             axes.plot([rank, rank, x], [0, y, y], color=INK, linewidth=0.7, alpha=0.7)
             label = f"{method}  {rank:.2f}" if left else f"{rank:.2f}  {method}"
             axes.annotate(label, (x, y), xytext=(-4 if left else 4, 0), textcoords="offset points",
@@ -190,15 +193,15 @@ class _Place:
 
     def _cost(self, box: Bbox) -> float:
         frame = self.frame
-        outside = float(max(0.0, frame.x0 - box.x0) + max(0.0, box.x1 - frame.x1))
+        outside = max(0.0, frame.x0 - box.x0) + max(0.0, box.x1 - frame.x1)
         outside += max(0.0, frame.y0 - box.y0) + max(0.0, box.y1 - frame.y1)
         crossed = sum(_overlap(box, other) for other in self.taken)
-        return 1000 * (outside + crossed) + 25 * sum(_overlap(box, bar) > 0 for bar in self.bars)
+        return float(1000 * (outside + crossed) + 25 * sum(_overlap(box, bar) > 0 for bar in self.bars))
 
 
 def _overlap(a: Bbox, b: Bbox) -> float:
-    width, height = float(min(a.x1, b.x1) - max(a.x0, b.x0)), float(min(a.y1, b.y1) - max(a.y0, b.y0))
-    return width * height if width > 0 and height > 0 else 0.0
+    width, height = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+    return float(width * height) if width > 0 and height > 0 else 0.0
 
 
 def growth_figure(growth: Growth, looks: Mapping[str, Style], name: str) -> str:

@@ -307,8 +307,8 @@ def direction_tables(benchmark: Benchmark) -> list[Table]:
         headings = [Heading("AUROC"), Heading("95\u00a0% interval"), Heading("direction")]
         tables.append(Table(
             "direction-cells", "Every category and kind of anomaly with an AUROC below one half", "Method",
-            headings, low, "Means over seeds; the interval of a category is over test images, that of a kind of anomaly"
-            " is given where there is one seed.",
+            headings, low, "Means over seeds; intervals are over test images, that of a kind of anomaly is the mean of"
+            " its seeds' intervals.",
         ))  # fmt: skip
     return tables
 
@@ -350,15 +350,23 @@ def _reversed_cells(benchmark: Benchmark) -> list[Row]:
                 for (kind, subset), estimates in subsets.items():
                     mean = fmean(estimate.value for estimate in estimates)
                     if mean < 0.5:
-                        only = estimates[0] if len(estimates) == 1 else Estimate(mean)
-                        ends = None if only.low is None or only.high is None else (only.low, only.high)
+                        ends = _mean_ends(estimates)
                         rows.append((mean, _low_row(benchmark, method, f"{name}, {kind} {subset}", mean, ends)))
     return [row for _, row in sorted(rows, key=lambda item: item[0])]
+
+
+def _mean_ends(estimates: Sequence[Estimate]) -> tuple[float, float] | None:
+    """The mean of the intervals of several seeds on the same images; None where one is missing."""
+    ends = [(e.low, e.high) for e in estimates if e.low is not None and e.high is not None]
+    if len(ends) < len(estimates):
+        return None
+    return fmean(low for low, _ in ends), fmean(high for _, high in ends)
 
 
 def _low_row(
     benchmark: Benchmark, method: str, where: str, mean: float, ends: tuple[float, float] | None
 ) -> Row:  # fmt: skip
-    says = {"▼": "reversed", "▽": "not told apart from chance"}[_flag(mean, ends)]
+    unsure = "below, no interval" if ends is None else "not told apart from chance"
+    says = "reversed" if _flag(mean, ends) == "▼" else unsure
     cells = [Cell(f"{mean:.3f}", "", mean), _interval_cell(ends), Cell(says)]
     return method_row(benchmark, method, cells, note=where)

@@ -56,7 +56,7 @@ def styles(detectors: Sequence[str], main: str) -> dict[str, Style]:
     return {
         name: Style(
             _COLOURS[i % len(_COLOURS)], _DASHES[(i + i // len(_COLOURS)) % len(_DASHES)],
-            _MARKERS[i % len(_MARKERS)], 2.4 if name == main else 1.4,
+            _MARKERS[(i + i // len(_COLOURS)) % len(_MARKERS)], 2.4 if name == main else 1.4,
         )
         for i, name in enumerate(ordered)
     }  # fmt: skip

@@ -43,6 +43,15 @@ def test_image_metrics_agree_with_sklearn_and_with_their_definitions(rows):
     assert metrics.tpr_at_fpr(scores, labels, 0.25) == pytest.approx(max(t for f, t in points if f <= 0.25 + 1e-9))
 
 
+@pytest.mark.parametrize("levels", [3, 40, 10**9])
+def test_auroc_and_ap_agree_with_sklearn_on_many_images_with_few_and_many_ties(levels):
+    rng = np.random.default_rng(levels)
+    labels = rng.random(3000) < 0.1
+    scores = np.round((rng.normal(size=3000) + labels) * levels) / levels
+    assert metrics.image_auroc(scores, labels) == pytest.approx(sk.roc_auc_score(labels, scores), abs=1e-12)
+    assert metrics.average_precision(scores, labels) == pytest.approx(sk.average_precision_score(labels, scores))
+
+
 @given(cases)
 def test_only_the_order_of_scores_matters_and_reversal_mirrors_the_auroc(rows):
     scores, labels = split(rows)

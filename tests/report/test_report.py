@@ -235,6 +235,16 @@ def test_an_interval_without_width_is_explained(tmp_path):
     assert said in Page(write_report(seeds, tmp_path / "r.html").read_text()).text  # that of their differences
 
 
+def test_categories_of_a_benchmark_are_parts_of_their_data_set(tmp_path):
+    runs = [make(), make("ocsvm", shift=0.4)]
+    other = [Evaluation([row.model_copy(update={"category": "8", "run": f"{row.run}-8"}) for row in run.rows],
+                        run.predictions, run.pictures) for run in runs]  # fmt: skip
+    assert list(tables.group([*runs, *other])) == ["digits (3)", "digits (3): 8"]
+    text = Page(write_report([*runs, *other], tmp_path / "r.html").read_text()).text
+    assert text.count("minus ocsvm, seed 0") == 2
+    assert "earlier run" not in text
+
+
 def test_several_data_sets_have_a_row_each_and_a_mean_below(tmp_path):
     runs = [make(), make("ocsvm", shift=0.4), make(dataset="tiles", shift=0.8)]
     groups = tables.group(runs)
