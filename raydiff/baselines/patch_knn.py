@@ -1,15 +1,18 @@
 """``patch_knn``: how far each patch of an image lies from the nearest of a well-spread set of normal patches.
 
-PatchCore (Roth et al. 2022, arXiv:2106.08265): patch features are two levels of a frozen network, each averaged over
-3 x 3 cells and joined on the finer one's grid; the memory bank is a greedy k-centre coreset of the training patches,
-chosen under a random projection; an image scores as its farthest patch does (section 3.3), optionally reweighted by how
-crowded the bank is there (eq. 7). Other than in the paper each channel is z-scored on training patches, because levels
-of other networks than its ResNets differ in scale, and the greedy choice starts from a random sample of the patches.
+PatchCore (Roth et al. 2022, arXiv:2106.08265): patch features are levels of a frozen network, each averaged over 3 x 3
+cells and joined on one grid; the memory bank is a greedy k-centre coreset of the training patches, chosen under a
+random projection; an image scores as its farthest patch does (section 3.3), optionally reweighted by how crowded the
+bank is there (eq. 7). Other than in the paper each channel is z-scored on training patches, because levels of other
+networks than its ResNets differ in scale; the greedy choice is among a random sample of the patches; and levels and
+grid are by default those of the space ``feature``, so that both see the same (the paper's: levels 2 and 3 of a ResNet
+on ``grid: 8``, which are ``levels: [2, 3]`` here).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +22,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
-from raydiff.backbone import Backbone, BackboneOptions, FeatureMaps, joined
+from raydiff.backbone import Backbone, BackboneOptions, FeatureMaps, Grid, grid_size, joined
 from raydiff.config import Options as BaseOptions
 from raydiff.contracts import Scores
 from raydiff.core.diffusion import keyed_seed
@@ -36,7 +39,9 @@ class Options(BackboneOptions, BaseOptions):
     """Which patches, how many are kept, and how distances become a score."""
 
     name: Literal["patch_knn"] = "patch_knn"
-    levels: tuple[int, ...] = Field((2, 3), description="feature maps joined; the grid is the first one's")
+    grid: Grid = Field(
+        16, description="image pixels per patch (each side rounded, at least one patch), or the grid's height and width"
+    )
     coreset_share: float = Field(
         0.1, gt=0, le=1, description="share of the training patches kept in the bank (1,000 at least, or all)"
     )
@@ -134,19 +139,18 @@ class PatchKNN:
         drawn = torch.randperm(total, generator=generator)[: self.options.max_candidates].sort().values
         parts = []
         for start in range(0, len(images), _FIT_BATCH):
-            cells = self._backbone(images[start : start + _FIT_BATCH].detach(), _patch_features)
+            cells = self._backbone(images[start : start + _FIT_BATCH].detach(), partial(_patch_features, size))
             flat = cells.flatten(0, 2).cpu()  # (b h w, D)
             first = start * per_image
             parts.append(flat[drawn[(drawn >= first) & (drawn < first + len(flat))] - first])
         return torch.cat(parts), total
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
-        shape = self._backbone(images[:1].detach(), _patch_features).shape
-        return shape[1], shape[2]
+        return grid_size(self.options.grid, (images.shape[2], images.shape[3]))
 
     def _patches(self, images: Tensor) -> Tensor:
         """(B, h, w, D), z-scored."""
-        cells = self._backbone(images, _patch_features)
+        cells = self._backbone(images, partial(_patch_features, self._grid(images)))
         return (cells - self._shift.to(images)) / self._scale.to(images)
 
     def _distances(self, patches: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,10 +221,9 @@ def greedy_coreset(points: Tensor, count: int, *, generator: torch.Generator, pr
     return kept.sort().values
 
 
-def _patch_features(maps: FeatureMaps) -> Tensor:
-    """(B, h, w, D): each level averaged over 3 x 3 cells (fewer at the border), joined on the first one's grid."""
+def _patch_features(size: tuple[int, int], maps: FeatureMaps) -> Tensor:
+    """(B, h, w, D): each level averaged over 3 x 3 of its cells (fewer at the border), joined on the grid ``size``."""
     smooth = [F.avg_pool2d(level, 3, stride=1, padding=1, count_include_pad=False) for level in maps]
-    size = (maps[0].shape[-2], maps[0].shape[-1])
     return joined(smooth, size).movedim(1, -1).contiguous()
 
 

@@ -14,21 +14,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from raydiff.backbone import Backbone, BackboneOptions, FeatureMaps, joined
+from raydiff.backbone import Backbone, BackboneOptions, FeatureMaps, Grid, grid_size, joined
 from raydiff.config import Options as BaseOptions
 from raydiff.core.diffusion import keyed_seed
 from raydiff.errors import ArtifactError, ConfigError, RaydiffError
 
 __all__ = ["FeatureSpace", "Options", "build"]
-
-Side = Annotated[int, Field(ge=1)]
 
 _TINY = 1e-3
 """Axes of less variance than this share of the first one's are divided as if they had that much."""
@@ -39,7 +37,7 @@ class Options(BackboneOptions, BaseOptions):
 
     name: Literal["feature"] = "feature"
     backbone: str = Field("tf_efficientnet_lite2", description="a timm model that has intermediate feature maps")
-    grid: Side | tuple[Side, Side] = Field(
+    grid: Grid = Field(
         16, description="image pixels per cell (each side rounded, at least one cell), or the grid's height and width"
     )
     num_components: int = Field(96, ge=1, description="principal axes kept: the channels of what is diffused")
@@ -56,7 +54,7 @@ class FeatureSpace:
     def __init__(self, options: Options, image_size: tuple[int, int]) -> None:
         self.options = options
         self.num_fit_images = options.num_fit_images
-        self.shape = (options.num_components, *_grid(options.grid, image_size))
+        self.shape = (options.num_components, *grid_size(options.grid, image_size))
         self._backbone = Backbone(options)
         self._mean, self._projection = torch.empty(0), torch.empty(0)
 
@@ -139,12 +137,6 @@ class FeatureSpace:
         deviation = cells.std(0, correction=0)
         weights = [torch.full((count,), 1 / math.sqrt(count)) for count in self._backbone.num_channels]
         return torch.cat(weights).double() / deviation.clamp(min=1e-3 * float(deviation.max()) + 1e-12)
-
-
-def _grid(grid: int | tuple[int, int], image_size: tuple[int, int]) -> tuple[int, int]:
-    if isinstance(grid, int):
-        return max(1, round(image_size[0] / grid)), max(1, round(image_size[1] / grid))
-    return grid
 
 
 def build(options: Options, *, channels: int, image_size: tuple[int, int]) -> FeatureSpace:  # noqa: ARG001

@@ -23,7 +23,10 @@ def test_baseline(name):
         ("knn", {"n_neighbors": 1, "method": "largest", "max_train_images": 20}),
         ("knn", {"method": "median"}),
         ("knn", {"features": "backbone", "levels": (0, 1)}),
-        ("patch_knn", {"levels": (1, 2), "reweight": True, "max_candidates": 500, "max_bank": 40, "blur": 0.0}),
+        (
+            "patch_knn",
+            {"levels": (1, 2), "grid": (3, 2), "reweight": True, "max_bank": 40, "blur": 0.0},
+        ),
     ],
 )
 def test_baseline_with_other_options(name, fields):

@@ -11,7 +11,7 @@ SIZE = (64, 64)
 
 
 def fitted(**fields):
-    baseline = build(Options(**({"levels": (1, 2), "blur": 1.0} | fields)), seed=0)
+    baseline = build(Options(**({"levels": (1, 2), "grid": 4, "blur": 1.0} | fields)), seed=0)
     baseline.fit(small_images(12, SIZE, 3))
     return baseline
 
@@ -44,7 +44,7 @@ def test_the_map_is_brightest_at_a_planted_defect(whole):
 
 def test_the_weight_is_equation_7(whole):
     """Beside a crowd of its neighbour's neighbours a patch keeps its score; alone with one of them it loses."""
-    weighing = build(Options(levels=(1, 2), blur=1.0, reweight=True, num_reweight=3), seed=0)
+    weighing = build(Options(levels=(1, 2), grid=4, blur=1.0, reweight=True, num_reweight=3), seed=0)
     weighing.load_state(whole.state())
     image = small_images(1, SIZE, 3, seed=5)
     patches, bank = whole._patches(image).flatten(0, 2), whole.state()["bank"]
