@@ -73,13 +73,17 @@ class Training:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Everything a suite asks for: cells in the file's order, and by key the trainings and data they share."""
+    """Everything a suite asks for: cells in the file's order, and by key the trainings and data they share.
+
+    ``whole`` are the suite's cells where ``cells`` is a part of them.
+    """
 
     path: Path
     suite: Suite
     cells: tuple[Cell, ...]
     trainings: Mapping[str, Training]
     shards: Mapping[str, DataConfig]
+    whole: tuple[Cell, ...]
 
     def only(self, pattern: str) -> Plan:
         """The part whose cells' names match a pattern such as ``unet*/digits/*/0``.
@@ -125,7 +129,7 @@ def plan(path: str | Path, data_dir: str | Path | None = None) -> Plan:
                 for method in dataset.methods or tuple(suite.methods):
                     if seed in suite.seeds_of(method):
                         layout.add(method, name, category, assignments, seed)
-    return Plan(Path(path), suite, tuple(layout.cells), layout.trainings, layout.shards)
+    return Plan(Path(path), suite, tuple(layout.cells), layout.trainings, layout.shards, tuple(layout.cells))
 
 
 class _Layout:

@@ -92,7 +92,7 @@ def _first(entries: Sequence[Entry]) -> Entry:
 
 def _of_methods(plan: Plan, facts: dict[str, _Facts]) -> Iterator[RaydiffError]:
     """Every method is built once per data set: untrained, with the first category's config."""
-    for cell in _one_each(plan):
+    for cell in _one_each(plan.cells):
         if cell.shards not in facts:
             continue
         try:
@@ -108,27 +108,27 @@ def _of_methods(plan: Plan, facts: dict[str, _Facts]) -> Iterator[RaydiffError]:
             yield type(error)(f"methods.{cell.method} on datasets.{cell.dataset}: {error}")
 
 
-def _one_each(plan: Plan) -> list[Cell]:
+def _one_each(cells: Sequence[Cell]) -> list[Cell]:
     """The first cell of every method on every data set."""
     firsts: dict[tuple[str, str], Cell] = {}
-    for cell in plan.cells:
+    for cell in cells:
         firsts.setdefault((cell.method, cell.dataset), cell)
     return list(firsts.values())
 
 
 def _of_metrics(plan: Plan, facts: dict[str, _Facts]) -> Iterator[RaydiffError]:
-    for name in dict.fromkeys(cell.dataset for cell in plan.cells):
+    for name, shards in {cell.dataset: cell.shards for cell in plan.cells if cell.shards in facts}.items():
         pixel = [metric for metric in plan.suite.leading_metrics(name) if metric in PIXEL_METRICS]
-        cells = [cell for cell in _one_each(plan) if cell.dataset == name]
-        if not pixel or cells[0].shards not in facts:
+        if not pixel:
             continue
+        cells = [cell for cell in _one_each(plan.whole) if cell.dataset == name]  # not those that are left alone
         key = f"datasets.{name}.metrics" if pixel[0] in plan.suite.datasets[name].metrics else "metrics"
-        if not facts[cells[0].shards].has_masks:
+        if not facts[shards].has_masks:
             yield ConfigError(
                 f"{key} names {pixel[0]}, which needs masks, and datasets.{name} has none; leave it out, or list it"
                 " under the metrics of the data sets that have masks"
             )
-        elif not any(_draws_maps(cell, facts[cell.shards].num_normal_classes) for cell in cells):
+        elif not any(_draws_maps(cell, facts[shards].num_normal_classes) for cell in cells):
             yield ConfigError(
                 f"{key} names {pixel[0]}, which needs anomaly maps, and no method on datasets.{name} draws any"
                 f" ({', '.join(cell.method for cell in cells)}); leave it out, or add one that does"

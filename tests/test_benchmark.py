@@ -124,6 +124,14 @@ def parts(tmp_path: Path) -> Path:
     return tmp_path / "parts"
 
 
+def add_masks(parts: Path) -> None:
+    for category in ("torn", "whole"):
+        folder = parts / category / "ground_truth" / "dark"
+        folder.mkdir(parents=True)
+        for i in range(6):
+            Image.fromarray(np.full((8, 8), 255, np.uint8)).save(folder / f"{i:02d}_mask.png")
+
+
 def of_parts(parts: Path, **changes: Any) -> Plan:
     dataset = {
         "config": {"data": {"dataset": {"name": "folder", "source": "parts"}}},
@@ -229,11 +237,7 @@ def test_what_cannot_work_is_refused_before_anything_runs(
 ) -> None:
     changes = dict(changes)
     if changes.pop("masks", False):
-        for category in ("torn", "whole"):
-            (parts / category / "ground_truth" / "dark").mkdir(parents=True)
-            for i in range(6):
-                mask = Image.fromarray(np.full((8, 8), 255, np.uint8))
-                mask.save(parts / category / "ground_truth" / "dark" / f"{i:02d}_mask.png")
+        add_masks(parts)
     if folder := changes.pop("empty", None):
         shutil.rmtree(parts / "torn" / folder)
     dataset = {
@@ -245,6 +249,12 @@ def test_what_cannot_work_is_refused_before_anything_runs(
         run_benchmark(found, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_map_metric_needs_one_method_with_maps_among_all(parts: Path, tmp_path: Path) -> None:
+    add_masks(parts)
+    found = of_parts(parts, metrics=["aupro"], methods={name: TINY["methods"][name] for name in ("errors", "near")})
+    assert not run_benchmark(found.only("near/*/whole/0"), tmp_path / "out").failed
 
 
 def test_a_wrong_suite_is_one_line_and_exit_code_two(tmp_path: Path) -> None:
