@@ -4,9 +4,9 @@ PatchCore (Roth et al. 2022, arXiv:2106.08265): patch features are levels of a f
 cells and joined on one grid; the memory bank is a greedy k-centre coreset of the training patches, chosen under a
 random projection; an image scores as its farthest patch does (section 3.3), optionally reweighted by how crowded the
 bank is there (eq. 7). Other than in the paper each channel is z-scored on training patches, because levels of other
-networks than its ResNets differ in scale; the greedy choice is among a random sample of the patches; and levels and
-grid are by default those of the space ``feature``, so that both see the same (the paper's: levels 2 and 3 of a ResNet
-on ``grid: 8``, which are ``levels: [2, 3]`` here).
+networks than its ResNets differ in scale; the greedy choice is among a random sample of the patches; and patches are by
+default those of levels 3 and 4 on the space ``feature``'s grid: shallower levels of the small EfficientNets see too
+little (magnetic tile, 150 training images, AUROC: .78 on levels 2 and 3, .85 on 3 and 4; screw .75 and .83).
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ class Options(BackboneOptions, BaseOptions):
     """Which patches, how many are kept, and how distances become a score."""
 
     name: Literal["patch_knn"] = "patch_knn"
+    levels: tuple[int, ...] = Field(
+        (3, 4), description="feature maps joined; level l has stride 2^(l+1) in most models"
+    )
     grid: Grid = Field(
         16, description="image pixels per patch (each side rounded, at least one patch), or the grid's height and width"
     )
