@@ -15,6 +15,8 @@ from raydiff.benchmark import finished_cells, plan, run_benchmark
 from raydiff.distributed.benchmark import RayWorkers
 from raydiff.errors import ConfigError
 from raydiff.results import read_results
+from raydiff.suite import Resources
+from raydiff.tasks import Task
 from tests.test_suite import TINY, write
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
@@ -57,6 +59,23 @@ def test_a_task_that_fails_on_a_worker_is_reported_with_its_traceback(tmp_path: 
     assert failure.type == "DataError"
     assert train.name in failure.message
     assert "Traceback" in failure.traceback
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_lost_worker_costs_its_task_a_second_try_and_no_more(tmp_path: Path) -> None:
+    def dies_once() -> str:
+        marker = tmp_path / "died"
+        if not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "alive"
+
+    task = Task("a", "baseline", "a task", (), Resources(), dies_once)
+    workers = RayWorkers([task])
+    workers.submit(task)
+    outcome = workers.next()
+    assert (outcome.value, outcome.failure) == ("alive", None)
+    assert (tmp_path / "died").exists()
 
 
 @pytest.mark.usefixtures("ray_cluster")
