@@ -163,7 +163,9 @@ def test_shipped_suites_can_be_laid_out(path: Path) -> None:
 
 def test_a_method_may_have_fewer_seeds_than_the_suite(tmp_path):
     path = tmp_path / "suite.yaml"
-    suite = "seeds: [0, 1, 2]\ndatasets: {digits: {}}\nmethods: {a: {baseline: knn}, b: {baseline: knn, seeds: SEEDS}}\n"
+    suite = (
+        "seeds: [0, 1, 2]\ndatasets: {digits: {}}\nmethods: {a: {baseline: knn}, b: {baseline: knn, seeds: SEEDS}}\n"
+    )
     path.write_text(suite.replace("SEEDS", "[2]"))
     assert [(cell.method, cell.seed) for cell in plan(path).cells] == [("a", 0), ("a", 1), ("a", 2), ("b", 2)]
     path.write_text(suite.replace("SEEDS", "[3]"))
