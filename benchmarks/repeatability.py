@@ -1,4 +1,4 @@
-"""Ten random cells of a benchmark that was run on two workers, run again in this process in another order: the same rows?
+"""Ten random cells of a benchmark that was run on two workers, run again here in another order: the same rows?
 
     python -m benchmarks.repeatability SUITE OUT [--data DIR] [--cells 10] [--seed 0]
 
