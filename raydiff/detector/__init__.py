@@ -1,0 +1,39 @@
+"""Detectors: the one thing that everything else scores with, a diffusion model and a baseline alike.
+
+>>> detector = load_detector("runs/digits/artifact")                # doctest: +SKIP
+>>> detector.predict(images).pred_label                              # doctest: +SKIP
+
+A detector is immutable and its methods may be called from several threads: ``calibrate`` returns a new one.
+
+``contract`` says what all of them share, ``diffusion`` and ``baseline`` are the two kinds, ``building`` makes the parts
+of the first from a config, and ``loading`` reads either from its artefact.
+"""
+
+from __future__ import annotations
+
+from raydiff.detector.baseline import BaselineDetector
+from raydiff.detector.building import (
+    NUM_ROTATIONS,
+    build_denoiser,
+    build_space,
+    num_conditions,
+    schedule_of,
+    trained_steps,
+)
+from raydiff.detector.contract import Detector
+from raydiff.detector.diffusion import DiffusionDetector
+from raydiff.detector.loading import load_detector, tensors_below
+
+__all__ = [
+    "NUM_ROTATIONS",
+    "BaselineDetector",
+    "Detector",
+    "DiffusionDetector",
+    "build_denoiser",
+    "build_space",
+    "load_detector",
+    "num_conditions",
+    "schedule_of",
+    "tensors_below",
+    "trained_steps",
+]

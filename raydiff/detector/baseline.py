@@ -1,0 +1,75 @@
+"""The detector that is a baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from torch import Tensor
+
+from raydiff import registry
+from raydiff.config import ExperimentConfig, Options
+from raydiff.contracts import Baseline, Scores
+from raydiff.detector.contract import Detector
+
+__all__ = ["BaselineDetector"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BaselineDetector(Detector):
+    """A classic detector behind the same contract."""
+
+    options: Options
+    baseline: Baseline
+
+    @classmethod
+    def fit(
+        cls, config: ExperimentConfig, options: Options, images: Tensor, *, provenance: Mapping[str, Any] | None = None
+    ) -> Self:
+        """Fit on normal images, (n, C, H, W)."""
+        baseline: Baseline = registry.build("baselines", options, seed=config.seed)
+        detector = cls(config=config, provenance=provenance or {}, options=options, baseline=baseline)
+        detector._check_images(images)
+        baseline.fit(images)
+        return detector
+
+    @property
+    def name(self) -> str:
+        """The baseline's."""
+        return self.options.name
+
+    @property
+    def pretrained(self) -> str | None:
+        """The baseline's."""
+        return self.baseline.pretrained
+
+    @property
+    def num_evaluations(self) -> int | None:
+        """None: there is no network."""
+        return None
+
+    def calibrate(self, images: Tensor | Iterable[Tensor], *, data_digest: str | None = None) -> Self:
+        """The threshold from the scores of normal images that the baseline was not fitted on."""
+        batches = [images] if isinstance(images, Tensor) else images
+        scores = Scores.concatenate([self.score(batch) for batch in batches])
+        return replace(self, calibration=self._make_calibration(scores, data_digest), artifact_digest=None)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the baseline has a surrogate."""
+        return hasattr(self.baseline, "surrogate")
+
+    def surrogate(self, images: Tensor) -> Tensor:
+        """See :meth:`Detector.surrogate`: the baseline's, where it has one."""
+        surrogate: Callable[[Tensor], Tensor] | None = getattr(self.baseline, "surrogate", None)
+        return super().surrogate(images) if surrogate is None else surrogate(images)
+
+    def _score(self, images: Tensor) -> Scores:
+        return self.baseline.score(images)
+
+    def _describe(self) -> dict[str, Any]:
+        return {"kind": "baseline", "baseline": self.options.model_dump(mode="json")}
+
+    def _weights(self) -> dict[str, Tensor]:
+        return self.baseline.state()

@@ -1,0 +1,79 @@
+"""From a config to the parts of a diffusion detector, before anything is trained or loaded."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from raydiff import registry
+from raydiff.config import ExperimentConfig
+from raydiff.contracts import Scorer, Space
+from raydiff.core.diffusion import keyed_seed
+from raydiff.core.schedule import NoiseSchedule, make_schedule
+from raydiff.errors import ConfigError
+
+__all__ = [
+    "NUM_ROTATIONS",
+    "build_denoiser",
+    "build_scorer",
+    "build_space",
+    "num_conditions",
+    "schedule_of",
+    "trained_steps",
+]
+
+NUM_ROTATIONS = 4
+"""Labels of ``objective.condition: rotation``: quarter turns counter-clockwise, 0 for an image as it is."""
+
+
+def build_space(config: ExperimentConfig) -> Space:
+    """The config's space, not fitted."""
+    space: Space = registry.build(
+        "spaces", config.space, channels=config.data.channels, image_size=config.data.image_size
+    )
+    return space
+
+
+def build_denoiser(config: ExperimentConfig, space: Space, num_classes: int) -> nn.Module:
+    """The config's network with weights that follow from its seed, whatever ran before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(keyed_seed("weights", config.seed))
+        network: nn.Module = registry.build(
+            "denoisers", config.denoiser, channels=space.shape[0], image_size=space.shape[1:],
+            num_classes=num_conditions(config, num_classes),
+        )  # fmt: skip
+    return network
+
+
+def build_scorer(config: ExperimentConfig, num_classes: int) -> Scorer:
+    """The config's scorer, once it is sure that the denoiser will know the steps and conditions that it looks at.
+
+    Raises:
+        ConfigError: the denoiser will not.
+    """
+    scorer: Scorer = registry.build("scorers", config.scoring)
+    steps, trained = scorer.timesteps(schedule_of(config)), trained_steps(config)
+    if outside := [t for t in steps if t not in trained]:
+        raise ConfigError(
+            f"scoring {config.scoring.name} looks at step {outside[0]} of {config.schedule.num_train_timesteps};"
+            f" objective.step_range trains {trained[0]} to {trained[-1]} alone: change one of them"
+        )
+    scorer.check(num_conditions(config, num_classes))
+    return scorer
+
+
+def num_conditions(config: ExperimentConfig, num_classes: int) -> int | None:
+    """How many labels the denoiser knows; None for an unconditional one."""
+    return {"none": None, "class": num_classes, "rotation": NUM_ROTATIONS}[config.objective.condition]
+
+
+def trained_steps(config: ExperimentConfig) -> range:
+    """The steps that ``objective.step_range`` trains, 0-based."""
+    low, high = (round(share * (config.schedule.num_train_timesteps - 1)) for share in config.objective.step_range)
+    return range(low, high + 1)
+
+
+def schedule_of(config: ExperimentConfig) -> NoiseSchedule:
+    """The config's noise schedule."""
+    fields = config.schedule.model_dump()
+    return make_schedule(fields.pop("beta_schedule"), fields.pop("num_train_timesteps"), **fields)

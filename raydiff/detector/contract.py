@@ -1,0 +1,197 @@
+"""What every detector is: raw scores, a calibrated threshold, and an artefact."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raydiff.artifact import encode_json, encode_tensors, write_folder
+from raydiff.config import ExperimentConfig
+from raydiff.contracts import Prediction, Scores
+from raydiff.core.calibration import Calibration, conformal_quantile, fit_threshold
+from raydiff.errors import ConfigError, NotCalibratedError, ScoreError, ShapeError
+from raydiff.images import ImageSpec
+
+__all__ = ["Detector"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Detector(ABC):
+    """Scores images; higher is more anomalous, and a score depends on the image and the artefact alone.
+
+    ``provenance`` is plain JSON about where the detector comes from: classes, digest of the training data, versions.
+    ``artifact_digest`` identifies the folder it was loaded from or saved to last; None before.
+    """
+
+    config: ExperimentConfig
+    calibration: Calibration | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    artifact_digest: str | None = None
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """How tables call it."""
+
+    @property
+    @abstractmethod
+    def num_evaluations(self) -> int | None:
+        """NFE, network evaluations per image; None for a detector without a network."""
+
+    @property
+    def image_spec(self) -> ImageSpec:
+        """How an image file becomes the detector's input."""
+        return ImageSpec.of(self.config.data)
+
+    def score(self, images: Tensor) -> Scores:
+        """Raw scores of a batch.
+
+        Args:
+            images: float32 (B, C, H, W) in [-1, 1], of the config's ``channels`` and ``image_size``.
+
+        Raises:
+            ShapeError: the batch has another shape, type or range.
+            ScoreError: a score is NaN or infinite; the message gives its index.
+        """
+        self._check_images(images)
+        scores = self._score(images)
+        if bad := _first_not_finite(scores):
+            raise ScoreError(f"the score of image {bad - 1} in the batch is not finite; the model may have diverged")
+        return scores
+
+    def predict(self, images: Tensor) -> Prediction:
+        """Scores, verdicts at the calibrated threshold and p-values (no reconstruction).
+
+        Raises:
+            NotCalibratedError: the detector has no threshold.
+        """
+        calibration = self._calibrated()
+        scores = self.score(images)
+        mask = None
+        if scores.map is not None and calibration.mask_threshold is not None:
+            mask = scores.map > calibration.mask_threshold
+        return Prediction(
+            pred_score=scores.image,
+            pred_label=scores.image.double() > calibration.threshold.value,
+            p_value=calibration.p_value(scores.image),
+            anomaly_map=scores.map,
+            pred_mask=mask,
+        )
+
+    def explain(self, images: Tensor) -> Prediction:
+        """:meth:`predict` with the reconstruction, where the detector has one."""
+        return replace(self.predict(images), reconstruction=self._reconstruct(images))
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether there is a :meth:`surrogate`."""
+        return False
+
+    def surrogate(self, images: Tensor) -> Tensor:  # noqa: ARG002
+        """A stand-in for the score through which gradients flow back to the images, for attacks; (B,).
+
+        It rises and falls with the score, but need not equal it: an attack's success is judged on :meth:`score`.
+
+        Raises:
+            ConfigError: the detector has no gradient.
+        """
+        raise ConfigError(f"{self.name} has no gradient, so it cannot be attacked; leave it out of the attacks")
+
+    @abstractmethod
+    def calibrate(self, images: Tensor | Iterable[Tensor], *, data_digest: str | None = None) -> Self:
+        """A calibrated copy, from normal images that it was not trained on: (n, C, H, W), or batches of them."""
+
+    def with_target_fpr(self, target_fpr: float) -> Self:
+        """A copy whose threshold answers another false-positive rate, from the same calibration scores."""
+        return replace(self, calibration=self._calibrated().at(target_fpr))
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Self:
+        """Write the artefact folder, whole or not at all; returns a copy that knows its digest.
+
+        Raises:
+            StorageError: the place cannot be written, or exists and ``overwrite`` is not set.
+        """
+        return replace(self, artifact_digest=write_folder(path, "artifact", self.files(), overwrite=overwrite))
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of the tensors in the artefact."""
+        tensors = [*self._weights().values(), *self._statistics().values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def files(self) -> dict[str, bytes]:
+        """The artefact's files, the manifest aside."""
+        files = {
+            "config.json": encode_json(
+                {"detector": self._describe(), "experiment": self.config.to_dict(), "provenance": dict(self.provenance)}
+            ),
+            "weights.safetensors": encode_tensors(self._weights()),
+        }
+        if self.calibration is not None:
+            files["calibration.json"] = encode_json(self.calibration.to_dict())
+            files["statistics.safetensors"] = encode_tensors(self._statistics())
+        return files
+
+    @abstractmethod
+    def _score(self, images: Tensor) -> Scores: ...
+
+    @property
+    def pretrained(self) -> str | None:
+        """The name of pretrained weights it uses; None where everything was learnt from the training images."""
+        return None
+
+    def _reconstruct(self, images: Tensor) -> Tensor | None:  # noqa: ARG002
+        return None
+
+    @abstractmethod
+    def _describe(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def _weights(self) -> dict[str, Tensor]: ...
+
+    def _statistics(self) -> dict[str, Tensor]:
+        return {}
+
+    def _calibrated(self) -> Calibration:
+        if self.calibration is None:
+            raise NotCalibratedError(
+                f"{self.name} has no threshold; call calibrate() with normal images it was not trained on"
+            )
+        return self.calibration
+
+    def _check_images(self, images: Tensor) -> None:
+        data = self.config.data
+        expected = (data.channels, *data.image_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected or images.dtype != torch.float32:
+            raise ShapeError(
+                f"images are {images.dtype} {tuple(images.shape)}; this detector takes torch.float32 (B, "
+                f"{', '.join(map(str, expected))})"
+            )
+        if images.numel() and float(images.abs().max()) > 1.001:
+            raise ShapeError(
+                f"images span {float(images.min()):.3g} to {float(images.max()):.3g}; they must lie in [-1, 1]"
+            )
+
+    def _make_calibration(self, scores: Scores, data_digest: str | None) -> Calibration:
+        target = self.config.calibration.target_fpr
+        mask_threshold = None
+        if scores.map is not None:
+            peaks = scores.map.flatten(1).amax(1).double().numpy()
+            mask_threshold = conformal_quantile(peaks, target)[0]
+        ordered = scores.image.double().sort().values
+        return Calibration(fit_threshold(ordered, target), ordered, mask_threshold, data_digest)
+
+
+def _first_not_finite(scores: Scores) -> int:
+    """1 + the index of the first image with a score or map that is not finite; 0 when all are."""
+    finite = torch.isfinite(scores.image)
+    if scores.map is not None:
+        finite &= torch.isfinite(scores.map).flatten(1).all(1)
+    return 0 if bool(finite.all()) else 1 + int(np.argmin(finite.numpy()))

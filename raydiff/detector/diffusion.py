@@ -1,0 +1,167 @@
+"""The detector that is a diffusion model: a space, a network, a scorer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from raydiff.config import ExperimentConfig, Options
+from raydiff.contracts import Scorer, Scores, Space
+from raydiff.core.diffusion import Diffusion
+from raydiff.detector.building import build_denoiser, build_scorer, build_space, num_conditions, schedule_of
+from raydiff.detector.contract import Detector
+from raydiff.errors import ConfigError
+
+__all__ = ["DiffusionDetector"]
+
+_MIN_CALIBRATION = 4
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DiffusionDetector(Detector):
+    """A diffusion model, a space, a scorer, and what the scorer learnt from calibration normals."""
+
+    network: nn.Module
+    space: Space
+    scorer: Scorer
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    device: str = "cpu"
+
+    @classmethod
+    def create(
+        cls,
+        config: ExperimentConfig,
+        *,
+        num_classes: int,
+        provenance: Mapping[str, Any] | None = None,
+        device: str = "cpu",
+        space_state: Mapping[str, Tensor] | None = None,
+    ) -> Self:
+        """An untrained detector; its network's weights follow from ``config.seed``, its space is ``space_state``'s."""
+        space = build_space(config)
+        if space_state:
+            space.load_state(space_state)
+        scorer = build_scorer(config, num_classes)  # refuses what cannot be scored before anything is trained
+        return cls(
+            config=config,
+            provenance={"num_classes": num_classes, **(provenance or {})},
+            network=build_denoiser(config, space, num_classes).eval().to(device),
+            space=space,
+            scorer=scorer,
+            device=device,
+        )
+
+    @property
+    def name(self) -> str:
+        """Network and scorer, as in ``unet/denoising_error``."""
+        return f"{self.config.denoiser.name}/{self.config.scoring.name}"
+
+    @property
+    def model(self) -> Diffusion:
+        """The network with its schedule."""
+        return Diffusion(
+            denoiser=self.network,
+            schedule=schedule_of(self.config),
+            prediction_type=self.config.objective.prediction_type,
+            seed=self.config.seed,
+            num_classes=num_conditions(self.config, int(self.provenance["num_classes"])),
+            device=self.device,
+        )
+
+    @property
+    def pretrained(self) -> str | None:
+        """The space's, or the scorer's."""
+        return self.space.pretrained or getattr(self.scorer, "pretrained", None)
+
+    @property
+    def num_evaluations(self) -> int | None:
+        """NFE of the scorer."""
+        return self.scorer.num_evaluations(self.model)
+
+    def with_scoring(self, scoring: Options) -> Self:
+        """The same network with another scorer; it must be calibrated again."""
+        config = self.config.model_copy(update={"scoring": scoring})
+        scorer = build_scorer(config, int(self.provenance["num_classes"]))
+        return replace(self, config=config, scorer=scorer, statistics={}, calibration=None, artifact_digest=None)
+
+    def measure(self, images: Tensor) -> Tensor:
+        """The scorer's evidence, (B, K, H, W): what costs network evaluations."""
+        return self.scorer.measure(self.model, self._encode(images))
+
+    def calibrate(self, images: Tensor | Iterable[Tensor], *, data_digest: str | None = None) -> Self:
+        """Statistics from all images; the threshold from scores cross-fitted over ``config.calibration.folds``.
+
+        An image's calibration score comes from statistics of the other folds: scored with statistics that it helped to
+        fit it would look more normal than a new image does, and the threshold would be too low.
+        The evidence, 4 K H W bytes an image, is held in memory.
+        """
+        batches = [images] if isinstance(images, Tensor) else images
+        evidence = torch.cat([self._measured(batch) for batch in batches])
+        if len(evidence) < _MIN_CALIBRATION:
+            raise ConfigError(
+                f"{len(evidence)} calibration image(s); a threshold needs at least {_MIN_CALIBRATION}, better 20 or"
+                " more: raise data.calibration_fraction, or add normal images"
+            )
+        folds = min(self.config.calibration.folds, len(evidence))
+        size = self.config.data.image_size
+        parts: dict[int, Scores] = {}
+        for rows in _folds(len(evidence), folds):
+            rest = torch.ones(len(evidence), dtype=torch.bool)
+            rest[rows] = False
+            scores = self.scorer.judge(evidence[rows], self.scorer.fit(evidence[rest]), size)
+            parts |= {int(row): Scores(scores.image[i : i + 1], None if scores.map is None else scores.map[i : i + 1])
+                      for i, row in enumerate(rows)}  # fmt: skip
+        held_out = Scores.concatenate([parts[i] for i in range(len(evidence))])
+        return replace(
+            self,
+            statistics=self.scorer.fit(evidence),
+            calibration=self._make_calibration(held_out, data_digest),
+            artifact_digest=None,
+        )
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the scorer has a surrogate."""
+        return hasattr(self.scorer, "surrogate")
+
+    def surrogate(self, images: Tensor) -> Tensor:
+        """See :meth:`Detector.surrogate`: the scorer's, of evidence measured with gradients."""
+        if not self.has_gradient:
+            return super().surrogate(images)
+        evidence = self.scorer.measure(replace(self.model, differentiable=True), self._encode(images))
+        return self.scorer.surrogate(evidence, self.statistics)
+
+    def _measured(self, images: Tensor) -> Tensor:
+        self._check_images(images)
+        return self.measure(images)
+
+    def _score(self, images: Tensor) -> Scores:
+        return self.scorer.judge(self.measure(images), self.statistics, self.config.data.image_size)
+
+    def _reconstruct(self, images: Tensor) -> Tensor | None:
+        latents = self.scorer.reconstruct(self.model, self._encode(images))
+        return None if latents is None else self.space.decode(latents)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return self.space.encode(images.to(self.device)).to(images.device)
+
+    def _describe(self) -> dict[str, Any]:
+        return {"kind": "diffusion"}
+
+    def _weights(self) -> dict[str, Tensor]:
+        weights = {f"denoiser.{name}": value for name, value in self.network.state_dict().items()}
+        weights |= {f"scorer.{name}": value for name, value in self.scorer.state().items()} if self.scorer else {}
+        return weights | {f"space.{name}": value for name, value in self.space.state().items()}
+
+    def _statistics(self) -> dict[str, Tensor]:
+        return dict(self.statistics)
+
+
+def _folds(count: int, folds: int) -> Iterator[Tensor]:
+    """Row indices of each fold; the assignment depends on the position alone."""
+    for fold in range(folds):
+        yield torch.arange(fold, count, folds)
