@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-BASELINES = ("isolation_forest", "ocsvm", "copod", "knn")
-
 
 class _Failure(click.ClickException):
     """An error of raydiff's as click reports it, with its own exit code."""
@@ -94,8 +92,9 @@ def prepare(
     raydiff prepare mvtec_ad --source ~/mvtec --set data.dataset.categories=screw
     """
     from raydiff.shards import ShardSet
+    from raydiff.sources import data_of
 
-    data = _data_of(what, source, download, overrides)
+    data = data_of(what, source, download, overrides)
     place = out or data.shards or str(Path("shards") / data.dataset.name)
     if out is None and ShardSet.is_finished(place):
         ShardSet.open(place).check(data)  # a default place may hold other data: it is not replaced unasked
@@ -119,11 +118,12 @@ def fit(config: Path | None, out: Path | None, resume: Path | None, overrides: S
     raydiff fit --resume runs/digits
     """
     from raydiff.experiment import open_run
+    from raydiff.sources import config_of
 
     if resume is not None and (config is not None or out is not None or overrides):
         raise ConfigError("--resume takes the run's own config.yaml and folder; leave out the config, --out and --set")
     run_dir = resume or out or _first_free(Path("runs") / (config.stem if config else "digits"))
-    experiment = open_run(run_dir, None if resume else _load(config, overrides), resume=resume is not None)
+    experiment = open_run(run_dir, None if resume else config_of(config, overrides), resume=resume is not None)
     detector = _fitted(experiment, run_dir)
     _say_fitted(detector, run_dir)
 
@@ -142,12 +142,17 @@ def evaluate(artefact: Path, dataset: str | None, out: Path | None, baselines: b
     """
     from raydiff.detector import load_detector
     from raydiff.experiment import artifact_of
+    from raydiff.sources import evaluation_data
 
     folder = artifact_of(artefact)
     detector = load_detector(folder, device=device)
     place = out or folder.parent
     own = _shards_of(detector.config, folder.parent) if dataset is None or baselines else None
-    shards = own if dataset is None else _test_data(dataset, detector.config, place)
+    shards = own
+    if dataset is not None:
+        named = evaluation_data(dataset, detector.config)
+        prepared_at = str(place / f"shards-{Path(dataset).name}")
+        shards = _prepared(named, prepared_at) if isinstance(named, DataConfig) else named
     assert shards is not None  # noqa: S101
     _compare(detector, shards, place, own if baselines else None)
 
@@ -231,7 +236,7 @@ def benchmark(
         click.echo(listing(wanted, place))
         check_unfinished(wanted, place)
         return
-    command = shlex.join(["raydiff", *sys.argv[1:]])
+    command = _command()
     with ExitStack() as stack:
 
         def on_ray(tasks: Sequence[Task]) -> Workers:
@@ -292,48 +297,6 @@ def demo(data: str, source: str | None, out: Path | None, overrides: Sequence[st
     click.echo(f"all of it took {time.monotonic() - started:.0f} s")
 
 
-def _load(config: Path | None, overrides: Sequence[str]) -> ExperimentConfig:
-    from raydiff.config import ExperimentConfig, load_config
-
-    return load_config(config, overrides) if config is not None else ExperimentConfig().override(overrides)
-
-
-def _data_of(what: str | None, source: str | None, download: Path | None, overrides: Sequence[str]) -> DataConfig:
-    """The data section meant by a data set's name or a config, with its files fetched where that is asked for."""
-    from raydiff import registry
-
-    if source is not None and download is not None:
-        raise ConfigError("--source and --download both say where the files are; give one of them")
-    named = what if what in registry.names("datasets") and not Path(what).is_file() else None
-    if what is not None and named is None and not Path(what).suffix and not Path(what).exists():
-        known = registry.names("datasets")
-        raise ConfigError(f"{what}: is neither a config file nor a data set's name; {registry.nearest(what, known)}")
-    if download is not None:
-        if named is None:
-            raise ConfigError("--download needs a data set's name: raydiff prepare NAME --download DIR")
-        source = str(_fetched(named, download))
-    changes = [f"data.dataset={named}"] if named else []
-    changes += [f"data.dataset.source={source}"] if source else []
-    config = None if named or what is None else Path(what)
-    return _load(config, [*changes, *overrides]).data
-
-
-def _fetched(name: str, folder: Path) -> Path:
-    """The ``source`` that a data set's own downloader gives."""
-    from raydiff import registry
-
-    module = registry.component("datasets", name)
-    if hasattr(module, "download"):
-        source: Path = module.download(folder)
-        return source
-    if hasattr(module, "PUBLISHED"):
-        raise ConfigError(
-            f"--download: nothing here can fetch {name}; {module.PUBLISHED}; fetch it by hand and run raydiff prepare"
-            f" {name} --source PATH"
-        )
-    raise ConfigError(f"--download: {name} is not a data set that is published somewhere; leave --download out")
-
-
 def _prepared(data: DataConfig, place: str) -> ShardSet:
     from raydiff.distributed.cluster import connect
     from raydiff.distributed.data import prepare as write
@@ -358,26 +321,6 @@ def _shards_of(config: ExperimentConfig, run_dir: Path) -> ShardSet:
     shards = ShardSet.open(place)
     shards.check(config.data)
     return shards
-
-
-def _test_data(dataset: str, config: ExperimentConfig, place: Path) -> ShardSet:
-    """The shards meant by DATASET, written under ``place`` where it is a folder of images or a name."""
-    from raydiff import registry
-    from raydiff.shards import ShardSet
-
-    if "://" in dataset or (Path(dataset) / "manifest.json").exists():
-        return ShardSet.open(dataset)
-    if Path(dataset).is_dir():
-        changes: dict[str, Any] = {"data.dataset": {"name": "folder", "source": str(Path(dataset).resolve())}}
-    elif dataset in registry.names("datasets"):
-        same = config.data.dataset.name == dataset
-        changes = {} if same else {"data.dataset": {"name": dataset}}
-    else:
-        raise ConfigError(
-            f"{dataset}: is neither a folder nor a data set's name; there are: {', '.join(registry.names('datasets'))}"
-        )
-    data = config.override(changes | {"data.shards": None}).data
-    return _prepared(data, str(place / f"shards-{Path(dataset).name}"))
 
 
 def _fitted(config: ExperimentConfig, run_dir: Path) -> Detector:
@@ -412,52 +355,22 @@ def _say_fitted(detector: Detector, run_dir: Path) -> None:
 
 def _compare(detector: Detector, shards: ShardSet, place: Path, baselines_from: ShardSet | None) -> None:
     """Evaluate, print the table, write results and report; with baselines fitted on ``baselines_from``."""
-    from raydiff.evaluation import evaluate as measure
-    from raydiff.experiment import fit_baselines
+    from raydiff.comparison import RESULTS, compare, table
     from raydiff.report import write_report
-    from raydiff.results import load_evaluations, save_evaluations
+    from raydiff.results import load_evaluations
 
-    command = shlex.join(["raydiff", *sys.argv[1:]])
-    evaluations: list[Evaluation] = []
-
-    def add(one: Detector) -> None:
-        evaluations.append(measure(one, shards, command=command, progress=_progress(f"scored {one.name}")))
-
-    add(detector)
-    if baselines_from is not None:
-        for baseline in fit_baselines(detector.config, baselines_from, BASELINES):
-            add(baseline.save(place / "baselines" / baseline.name, overwrite=True))
-    results = place / "results.jsonl"
-    save_evaluations(results, evaluations)
-    click.echo(_table(evaluations))
-    write_report(load_evaluations(results), place / "report.html", title=evaluations[0].rows[0].dataset)
-    click.echo(f"results: {results}\nreport: {place / 'report.html'}")
+    evaluations = compare(
+        detector, shards, place, baselines_from=baselines_from, command=_command(), progress=_progress
+    )
+    click.echo(table(evaluations))
+    results, page = place / RESULTS, place / "report.html"
+    write_report(load_evaluations(results), page, title=evaluations[0].rows[0].dataset)
+    click.echo(f"results: {results}\nreport: {page}")
 
 
-_COLUMNS: tuple[tuple[str, Callable[[Any], str]], ...] = (
-    ("AUROC [95 %]", lambda row: _interval(row.metrics["auroc"])),
-    ("AP", lambda row: f"{row.metrics['average_precision'].value:.3f}"),
-    ("TPR@5%FPR", lambda row: f"{row.metrics['tpr_at_5_fpr'].value:.3f}"),
-    ("FPR at threshold", lambda row: _interval(row.realised_fpr)),
-    ("TPR at threshold", lambda row: _interval(row.realised_tpr)),
-    ("NFE", lambda row: "-" if row.num_evaluations is None else str(row.num_evaluations)),
-    ("ms/image", lambda row: f"{row.ms_per_image:.2f}"),
-)
-
-
-def _table(evaluations: Sequence[Evaluation]) -> str:
-    """The main figures as text, one line per detector."""
-    row = evaluations[0].rows[0]
-    head = ["detector", *(name for name, _ in _COLUMNS)]
-    body = [[e.rows[0].detector, *(show(e.rows[0]) for _, show in _COLUMNS)] for e in evaluations]
-    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *body]]
-    title = f"{row.dataset}: {row.num_normal} normal and {row.num_anomalous} anomalous test images, seed {row.seed}"
-    return "\n".join(["", title, *(line.rstrip() for line in lines), ""])
-
-
-def _interval(estimate: Any) -> str:
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+def _command() -> str:
+    """What was typed."""
+    return shlex.join(["raydiff", *sys.argv[1:]])
 
 
 def _progress(what: str) -> Callable[[int, int], None]:
