@@ -20,7 +20,6 @@ from raydiff.errors import ConfigError, RaydiffError, WorkerError
 if TYPE_CHECKING:
     from raydiff.config import DataConfig, ExperimentConfig
     from raydiff.detector import Detector
-    from raydiff.results import Evaluation
     from raydiff.shards import ShardSet
 
 __all__ = ["main"]
@@ -142,17 +141,12 @@ def evaluate(artefact: Path, dataset: str | None, out: Path | None, baselines: b
     """
     from raydiff.detector import load_detector
     from raydiff.experiment import artifact_of
-    from raydiff.sources import evaluation_data
 
     folder = artifact_of(artefact)
     detector = load_detector(folder, device=device)
     place = out or folder.parent
     own = _shards_of(detector.config, folder.parent) if dataset is None or baselines else None
-    shards = own
-    if dataset is not None:
-        named = evaluation_data(dataset, detector.config)
-        prepared_at = str(place / f"shards-{Path(dataset).name}")
-        shards = _prepared(named, prepared_at) if isinstance(named, DataConfig) else named
+    shards = own if dataset is None else _test_data(dataset, detector.config, place)
     assert shards is not None  # noqa: S101
     _compare(detector, shards, place, own if baselines else None)
 
@@ -321,6 +315,15 @@ def _shards_of(config: ExperimentConfig, run_dir: Path) -> ShardSet:
     shards = ShardSet.open(place)
     shards.check(config.data)
     return shards
+
+
+def _test_data(dataset: str, config: ExperimentConfig, place: Path) -> ShardSet:
+    """The shards meant by DATASET, written under ``place`` where it is a folder of images or a name."""
+    from raydiff.shards import ShardSet
+    from raydiff.sources import evaluation_data
+
+    data = evaluation_data(dataset, config)
+    return data if isinstance(data, ShardSet) else _prepared(data, str(place / f"shards-{Path(dataset).name}"))
 
 
 def _fitted(config: ExperimentConfig, run_dir: Path) -> Detector:
