@@ -207,7 +207,7 @@ def attributes_read():
     return {
         node.attr
         for path in FILES
-        if path.name != "config.py"
+        if path.parent != PACKAGE / "config"
         for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }

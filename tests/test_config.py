@@ -276,9 +276,10 @@ def candidates(value: Any, annotation: Any) -> list[Any]:
     if isinstance(value, float):
         return [value / 2, value * 1.01, value + 0.01]
     if isinstance(value, tuple):
-        return [tuple(v * 2 for v in value), *([str(v)] for v in range(1, 3)), ["cat"], ["screw"], value[:1], []]
+        names = [*([str(v)] for v in range(1, 3)), ["cat"], ["screw"]]
+        return [tuple(v * 2 for v in value), *names, [0.0, 0.5], value[:1], []]
     literals = [choice for arg in (annotation, *get_args(annotation)) for choice in get_args(arg)]
-    return [*(choice for choice in literals if choice != value), "elsewhere", 3, 384]
+    return [*(choice for choice in literals if choice != value), "elsewhere", 3, 384, 2]
 
 
 def perturbed(config: ExperimentConfig, path: str, value: Any) -> ExperimentConfig:

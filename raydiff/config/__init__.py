@@ -1,0 +1,41 @@
+"""``ExperimentConfig``: everything that defines an experiment, frozen, with every default written out.
+
+A config is a YAML file, or the ``config.json`` inside an artefact. Unknown keys are errors that name the nearest
+valid key. ``--set training.num_steps=200`` changes one field by its dotted path.
+
+A field marked :data:`NO_EFFECT` cannot change a score (where it runs, how often it logs) and does not enter
+:meth:`ExperimentConfig.digest`.
+
+``options`` is what sections and components' options are made of, ``sections`` and ``experiment`` are the fields,
+``overrides`` changes one of them and ``explaining`` says what is wrong with one.
+"""
+
+from __future__ import annotations
+
+from raydiff.config.experiment import ExperimentConfig, load_config
+from raydiff.config.options import NO_EFFECT, Options, Section, component_options
+from raydiff.config.overrides import parse_override
+from raydiff.config.sections import (
+    CalibrationConfig,
+    DataConfig,
+    ExecutionConfig,
+    ObjectiveConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "NO_EFFECT",
+    "CalibrationConfig",
+    "DataConfig",
+    "ExecutionConfig",
+    "ExperimentConfig",
+    "ObjectiveConfig",
+    "Options",
+    "ScheduleConfig",
+    "Section",
+    "TrainingConfig",
+    "component_options",
+    "load_config",
+    "parse_override",
+]

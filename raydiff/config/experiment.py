@@ -1,0 +1,142 @@
+"""The whole config: its sections together, what they demand of each other, and how it is read from a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from raydiff.config.explaining import explain
+from raydiff.config.options import DenoiserOptions, ScorerOptions, Section, SpaceOptions, component_options
+from raydiff.config.overrides import assign, parse_override
+from raydiff.config.sections import (
+    CalibrationConfig,
+    DataConfig,
+    ExecutionConfig,
+    ObjectiveConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
+from raydiff.errors import ConfigError
+
+__all__ = ["ExperimentConfig", "load_config"]
+
+
+class ExperimentConfig(Section):
+    """One experiment: data, diffusion model, training, scoring and calibration."""
+
+    seed: int = Field(0, ge=0, lt=2**31, description="of weights, order, noise; a headline needs three")
+    data: DataConfig = Field(default_factory=DataConfig)  # not DataConfig(): that would import a data set from here
+    space: SpaceOptions = Field(
+        default_factory=partial(component_options, "spaces", "pixel"), description="what is diffused"
+    )
+    denoiser: DenoiserOptions = Field(
+        default_factory=partial(component_options, "denoisers", "unet"), description="the network"
+    )
+    schedule: ScheduleConfig = ScheduleConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    training: TrainingConfig = TrainingConfig()
+    scoring: ScorerOptions = Field(
+        default_factory=partial(component_options, "scorers", "denoising_error"),
+        description="how an image gets its score",
+    )
+    calibration: CalibrationConfig = CalibrationConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.schedule.rescale_to_zero_terminal_snr and self.objective.prediction_type == "epsilon":
+            raise ValueError(
+                "schedule.rescale_to_zero_terminal_snr leaves nothing of the image at the last step, so epsilon cannot"
+                " tell it; set objective.prediction_type to v_prediction or sample"
+            )
+        if self.objective.condition == "rotation" and len(set(self.data.image_size)) > 1:
+            raise ValueError(
+                f"objective.condition is rotation and data.image_size {self.data.image_size}; quarter turns need square"
+                " images, so set both sides alike"
+            )
+        share = self.execution.num_workers * self.training.accumulation_steps
+        if self.training.batch_size % share:
+            raise ValueError(
+                f"training.batch_size is {self.training.batch_size}; it must be a multiple of execution.num_workers x "
+                f"training.accumulation_steps ({share})"
+            )
+        return self
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str) -> ExperimentConfig:
+        """Validate a mapping as :func:`load_config` does a file; errors begin with ``where``.
+
+        Raises:
+            ConfigError: a field is unknown or invalid.
+        """
+        return _validate(data, where)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types with every default written out; :func:`load_config` reads it back."""
+        return self.model_dump(mode="json")
+
+    def digest(self) -> str:
+        """SHA-256 (hex, 64 characters) of every field that can change a score."""
+        payload = _without_no_effect(self)
+        return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+
+    def override(self, assignments: Sequence[str] | Mapping[str, Any]) -> ExperimentConfig:
+        """A copy with fields changed by dotted path: ``["training.num_steps=200"]`` or ``{"seed": 1}``.
+
+        Setting a component's ``name`` to another one drops the old component's options.
+
+        Raises:
+            ConfigError: an unknown path (names the nearest) or a value of the wrong type.
+        """
+        pairs = assignments if isinstance(assignments, Mapping) else dict(parse_override(a) for a in assignments)
+        data = self.to_dict()
+        for path, value in pairs.items():
+            assign(data, path, value)
+        return _validate(data, "--set")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Read a YAML or JSON config file and apply ``path=value`` overrides.
+
+    Raises:
+        ConfigError: the file is missing or unreadable, or a field is unknown or invalid.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a config file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: holds a {type(data).__name__}; a config is a mapping of section to fields")
+    return _validate(data, str(path)).override(overrides)
+
+
+def _validate(data: Mapping[str, Any], where: str) -> ExperimentConfig:
+    try:
+        return ExperimentConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(explain(error, where, ExperimentConfig)) from error
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _without_no_effect(section: BaseModel) -> dict[str, Any]:
+    dumped = section.model_dump(mode="json")
+    kept: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("affects_scores") is False:
+            continue
+        value = getattr(section, name)
+        kept[name] = _without_no_effect(value) if isinstance(value, BaseModel) else dumped[name]
+    return kept

@@ -1,0 +1,155 @@
+"""The sections of a config, each a frozen group of fields with a sentence for what does not speak for itself."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from raydiff.config.options import NO_EFFECT, DatasetOptions, Section, component_options
+
+__all__ = ["CalibrationConfig", "DataConfig", "ExecutionConfig", "ObjectiveConfig", "ScheduleConfig", "TrainingConfig"]
+
+
+class DataConfig(Section):
+    """Which images, in which size, and how they are split."""
+
+    dataset: DatasetOptions = Field(
+        default_factory=partial(component_options, "datasets", "digits"), description="the data set and its own options"
+    )
+    image_size: tuple[int, int] = Field((8, 8), description="height and width in pixels that the detector works at")
+    channels: Literal[1, 3] = Field(1, description="1 (grey) or 3 (RGB)")
+    resize: Literal["stretch", "pad", "strict"] = Field(
+        "stretch", description="how an image of another size is fitted; strict refuses it"
+    )
+    calibration_fraction: float = Field(
+        0.25, gt=0, lt=1, description="share of the training normals set aside for calibration"
+    )
+    split_seed: int = Field(0, ge=0, description="which normals are set aside, and which images a limit keeps")
+    max_train_images: int | None = Field(
+        None, gt=0, description="at most so many training normals, calibration included; equal shares per class"
+    )
+    max_test_images: int | None = Field(
+        None, gt=0, description="at most so many test images, each class and defect in proportion"
+    )
+    on_bad_image: Literal["error", "skip"] = Field(
+        "error", description="skip: leave an unreadable image out, count it and name it"
+    )
+    max_pixels: int = Field(
+        64_000_000, gt=0, description="an image with more pixels is refused before it is decoded (decompression bomb)"
+    )
+    shuffle_window: int = Field(4096, gt=0, description="images among which the order is random when streaming")
+    shards: str | None = Field(
+        None,
+        description="where the shards lie or go: a folder or s3://...; the run's own folder when empty",
+        json_schema_extra=NO_EFFECT,
+    )
+    shard_format: Literal["encoded", "raw"] = Field(
+        "encoded", description="encoded: files as they are; raw: uint8 pixels at image_size, if decoding is the limit",
+        json_schema_extra=NO_EFFECT,
+    )  # fmt: skip
+    shard_mb: int = Field(128, gt=0, description="target size of a shard in MB", json_schema_extra=NO_EFFECT)
+    cache_mb: int = Field(
+        1024, ge=0, description="keep decoded training images in memory when they fit in this many MB per worker",
+        json_schema_extra=NO_EFFECT,
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if min(self.image_size) < 1:
+            raise ValueError(f"image_size is {self.image_size}; both sides must be at least 1")
+        return self
+
+
+class ScheduleConfig(Section):
+    """The noise schedule: how much signal is left at each of T steps."""
+
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = "squaredcos_cap_v2"
+    num_train_timesteps: int = Field(1000, ge=2, description="T")
+    beta_start: float = Field(1e-4, gt=0, lt=1, description="first beta of linear, scaled_linear and sigmoid")
+    beta_end: float = Field(2e-2, gt=0, lt=1, description="last beta of linear, scaled_linear and sigmoid")
+    rescale_to_zero_terminal_snr: bool = Field(False, description="Lin et al. 2024 (arXiv:2305.08891), algorithm 1")
+
+
+class ObjectiveConfig(Section):
+    """What the denoiser predicts and how the loss weighs the steps."""
+
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    loss_weighting: Literal["uniform", "min_snr"] = "uniform"
+    min_snr_gamma: float = Field(5.0, gt=0, description="Hang et al. 2023 (arXiv:2303.09556)")
+    step_range: tuple[float, float] = Field(
+        (0.0, 1.0), description="lowest and highest step that is trained, as shares of T; scorers must stay within"
+    )
+    condition: Literal["none", "class", "rotation"] = Field(
+        "none",
+        description="what the denoiser is told: nothing, the image's class, or by how many quarter turns it was rotated"
+        " (each training image by 0 to 3 of them)",
+    )
+    condition_dropout: float = Field(
+        0.1, ge=0, le=1, description="share of labels replaced by 'none' when there is a condition"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        low, high = self.step_range
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"step_range is {list(self.step_range)}; it must rise, between 0 and 1")
+        return self
+
+
+class TrainingConfig(Section):
+    """The optimisation: a fixed budget of steps, AdamW, the average of the weights at the end."""
+
+    num_steps: int = Field(1000, ge=1, description="optimiser steps")
+    batch_size: int = Field(64, ge=1, description="images per optimiser step, over all workers")
+    accumulation_steps: int = Field(1, ge=1, description="backward passes per optimiser step")
+    learning_rate: float = Field(1e-3, gt=0)
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = Field(50, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient norms above this are scaled down")
+    ema_decay: float = Field(0.995, ge=0, lt=1, description="per step; 0 keeps the last weights")
+    horizontal_flip: bool = Field(False, description="flip half of the training images left to right")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast, weights stay float32")
+    compile: bool = Field(False, description="torch.compile")
+    channels_last: bool = Field(False, description="memory layout NHWC")
+    checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints", json_schema_extra=NO_EFFECT)
+    keep_checkpoints: int = Field(2, ge=1, json_schema_extra=NO_EFFECT)
+    log_every: int = Field(20, ge=1, json_schema_extra=NO_EFFECT)
+    validate_every: int = Field(
+        200, ge=1, description="steps between held-out denoising losses", json_schema_extra=NO_EFFECT
+    )
+    validation_images: int = Field(256, ge=1, json_schema_extra=NO_EFFECT)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.batch_size % self.accumulation_steps:
+            raise ValueError(
+                f"batch_size is {self.batch_size}; it must be a multiple of accumulation_steps"
+                f" ({self.accumulation_steps})"
+            )
+        return self
+
+
+class CalibrationConfig(Section):
+    """The threshold, from normal images alone."""
+
+    target_fpr: float = Field(0.05, gt=0, lt=1, description="share of normal images that may be called anomalous")
+    folds: int = Field(
+        5, ge=2, description="scores for the threshold come from statistics fitted without the image's own fold"
+    )
+
+
+class ExecutionConfig(Section):
+    """Where and how it runs. Nothing here can change a score."""
+
+    num_workers: int = Field(1, ge=1, description="Ray Train workers", json_schema_extra=NO_EFFECT)
+    use_gpu: bool = Field(False, json_schema_extra=NO_EFFECT)
+    cpus_per_worker: float = Field(1.0, gt=0, json_schema_extra=NO_EFFECT)
+    max_failures: int = Field(
+        3, ge=0, description="restarts from the last checkpoint before the run fails", json_schema_extra=NO_EFFECT
+    )
+    scoring_batch_size: int = Field(
+        64, ge=1, description="images per call when scoring many", json_schema_extra=NO_EFFECT
+    )
