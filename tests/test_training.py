@@ -299,7 +299,7 @@ def test_a_scorer_that_looks_beyond_the_trained_steps_is_refused(
     tiny_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path
 ) -> None:
     config = tiny_config.override({"objective.step_range": [0.3, 0.5]})
-    with pytest.raises(ConfigError, match=r"scoring denoising_error looks at step 100 of 1000; objective.step_range tr"):
+    with pytest.raises(ConfigError, match=r"scoring denoising_error looks at step 100 of 1000; objective.step_r"):
         fit_locally(config, tmp_path, digit_shards)
 
 
