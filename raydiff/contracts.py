@@ -169,11 +169,15 @@ class Scorer(Protocol):
         """
         ...
 
-    def check(self, num_conditions: int | None) -> None:
-        """See that it can work with a denoiser that knows so many labels, None for an unconditional one.
+    def check(self, num_conditions: int | None, space: str) -> None:
+        """See that it can work with the denoiser that there will be; asked for before training starts.
+
+        Args:
+            num_conditions: how many labels the denoiser knows, None for an unconditional one.
+            space: the name of the space that is diffused; the channels of any but ``pixel`` are no image's.
 
         Raises:
-            ConfigError: it cannot, and which objective.condition it needs; asked for before training starts.
+            ConfigError: it cannot; names the field to change.
         """
         ...
 

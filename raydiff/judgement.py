@@ -120,8 +120,8 @@ class Judge:
             maps = _blurred(maps, self.judging.blur)
         return _differentiable_pool(maps.flatten(1), self.judging.pooling, self.judging.pooling_share).float()
 
-    def check(self, num_conditions: int | None) -> None:
-        """Any denoiser will do, conditional or not."""
+    def check(self, num_conditions: int | None, space: str) -> None:
+        """Any denoiser will do, conditional or not, in any space."""
 
     def state(self) -> dict[str, Tensor]:
         """No weights."""

@@ -77,7 +77,7 @@ def train(
 ) -> TrainingSummary:
     """Train to ``config.training.num_steps``, from the newest checkpoint if there is one.
 
-    ``space_state`` is that of a fitted space; a space that learns nothing needs none.
+    ``space_state`` is that of a fitted space; a space that learns nothing needs none. A checkpoint brings its own.
     The last checkpoint holds the averaged weights as an artefact; :func:`raydiff.detector.load_detector` reads it.
 
     Raises:
@@ -263,8 +263,10 @@ class _Loop:
             )
         state = folder.tensors("training.safetensors")
         self.network.load_state_dict(tensors_below("network.", state))
-        weights = tensors_below("denoiser.", folder.tensors("weights.safetensors"))
-        self.average.module.load_state_dict(weights)
+        weights = folder.tensors("weights.safetensors")
+        self.average.module.load_state_dict(tensors_below("denoiser.", weights))
+        if space := tensors_below("space.", weights):  # the one it was trained in, whatever was given
+            self.space.load_state(space)
         self.average.n_averaged.copy_(state["average.n_averaged"])
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors_below("optimiser.", state).items():

@@ -258,7 +258,7 @@ def test_a_broken_baseline_is_caught(plant, broken, message):
 class NoisePerImage:
     """The old habit: another draw for every image of the batch, from a generator seeded by the call."""
 
-    def check(self, num_conditions):
+    def check(self, num_conditions, space):
         pass
 
     def num_evaluations(self, model):

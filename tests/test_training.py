@@ -11,23 +11,46 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from raydiff.artifact import read_folder
 from raydiff.config import ExperimentConfig
-from raydiff.detector import load_detector
+from raydiff.detector import build_space, load_detector
 from raydiff.errors import ArtifactError, ConfigError, NotCalibratedError, TrainingError
 from raydiff.experiment import cached, fit_locally, held_out_images, provenance_of
 from raydiff.runtime import CHECKPOINTS, LocalRuntime
 from raydiff.shards import ShardSet, TrainingBatch
+from raydiff.testing import small_images
 from raydiff.tracking import read_metrics
 from raydiff.training import Stream, learning_rate, train
 
 
-def run(config: ExperimentConfig, shards: ShardSet, path: Path, stream: Stream | None = None) -> list[dict[str, Any]]:
+@pytest.fixture(scope="session")
+def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A small network with random weights, as options."""
+    import timm
+
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        save_file(timm.create_model("test_efficientnet").state_dict(), path)
+    return {"backbone": "test_efficientnet", "weights": str(path)}
+
+
+def run(
+    config: ExperimentConfig,
+    shards: ShardSet,
+    path: Path,
+    stream: Stream | None = None,
+    space_state: Mapping[str, torch.Tensor] | None = None,
+) -> list[dict[str, Any]]:
     """Train with a local runtime; the metrics in order."""
     lines: list[dict[str, Any]] = []
     runtime = LocalRuntime(path, on_metrics=lambda line: lines.append(dict(line)))
-    train(config, stream or cached(config, shards), held_out_images(config, shards), runtime, num_classes=1)
+    train(
+        config, stream or cached(config, shards), held_out_images(config, shards), runtime,
+        num_classes=1, space_state=space_state,
+    )  # fmt: skip
     return lines
 
 
@@ -86,6 +109,26 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     lines = run(config, digit_shards, tmp_path / "cut")
     assert lines[0] == {"step": 8, "resumed": True}
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+def test_a_run_goes_on_in_the_space_that_it_began_in(
+    tiny_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path, tiny_backbone: dict[str, str]
+) -> None:
+    """Whatever fitted space lies there by then; the latents that are remembered are those of the first too."""
+    space = {"name": "feature", **tiny_backbone, "levels": [0, 1], "grid": [4, 4], "num_components": 6}
+    config = tiny_config.override({"space": space, "training.num_steps": 12, "training.checkpoint_every": 4})
+    states = []
+    for images in (small_images(30, (8, 8), seed=1), small_images(30, (8, 8), seed=2)):
+        fitted = build_space(config)
+        fitted.fit(images)
+        states.append(fitted.state())
+    run(config, digit_shards, tmp_path / "whole", space_state=states[0])
+    with pytest.raises(KeyboardInterrupt):
+        run(config, digit_shards, tmp_path / "cut", breaking_at(cached(config, digit_shards), 6), states[0])
+    lines = run(config, digit_shards, tmp_path / "cut", space_state=states[1])
+    assert lines[0] == {"step": 4, "resumed": True}
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert lines[-1]["held_out_loss"] > 0
 
 
 def test_a_finished_run_is_left_alone(tiny_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def build_denoiser(config: ExperimentConfig, space: Space, num_classes: int) -> 
 
 
 def build_scorer(config: ExperimentConfig, num_classes: int) -> Scorer:
-    """The config's scorer, once it is sure that the denoiser will know the steps and conditions that it looks at.
+    """The config's scorer, once it is sure that the denoiser will know what it asks: steps, conditions, images.
 
     Raises:
         ConfigError: the denoiser will not.
@@ -58,7 +58,7 @@ def build_scorer(config: ExperimentConfig, num_classes: int) -> Scorer:
             f"scoring {config.scoring.name} looks at step {outside[0]} of {config.schedule.num_train_timesteps};"
             f" objective.step_range trains {trained[0]} to {trained[-1]} alone: change one of them"
         )
-    scorer.check(num_conditions(config, num_classes))
+    scorer.check(num_conditions(config, num_classes), config.space.name)
     return scorer
 
 

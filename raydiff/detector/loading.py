@@ -63,7 +63,8 @@ def _load_diffusion(folder: Folder, config: ExperimentConfig, provenance: Mappin
     weights = folder.tensors("weights.safetensors")
     detector.network.load_state_dict(tensors_below("denoiser.", weights))
     detector.space.load_state(tensors_below("space.", weights))
-    detector.scorer.load_state(tensors_below("scorer.", weights))
+    if folder.kind != "checkpoint":  # which knows no scorer; what a scorer needs comes from its source then
+        detector.scorer.load_state(tensors_below("scorer.", weights))
     calibration = _load_calibration(folder)
     statistics = folder.tensors("statistics.safetensors") if calibration is not None else {}
     return replace(detector, calibration=calibration, statistics=statistics, artifact_digest=folder.digest)

@@ -36,7 +36,7 @@ class Options(JudgeOptions):
     start: Literal["noised", "clean"] = Field("noised", description="diffuse to t*, or only scale the clean image")
     weight: float = Field(
         2.0, ge=0, description="w, how strongly the image steers; 0 is a plain reconstruction, and above"
-        " sqrt(abar) / (1 - abar) at t* it overshoots"
+        " 1 / (1 - abar) at t* it overshoots"
     )  # fmt: skip
     error: Literal["squared", "absolute"] = "squared"
     feature_backbone: str | None = Field(
@@ -66,6 +66,18 @@ class Conditioned(Judge):
         start = round(self.options.start_step * (len(schedule) - 1))
         return schedule.timesteps(start, self.options.num_inference_steps)
 
+    def check(self, num_conditions: int | None, space: str) -> None:  # noqa: ARG002
+        """See that there are images whose features can be compared.
+
+        Raises:
+            ConfigError: features are asked for, and something else than pixels is diffused.
+        """
+        if self._backbone is not None and space != "pixel":
+            raise ConfigError(
+                f"scoring.feature_backbone is {self.options.feature_backbone!r}, which compares images, and space is"
+                f" {space}; leave it empty, or set space to pixel"
+            )
+
     def num_evaluations(self, model: Diffusion) -> int:  # noqa: ARG002
         """One per step."""
         return self.options.num_inference_steps
@@ -81,7 +93,7 @@ class Conditioned(Judge):
         error = difference.square() if self.options.error == "squared" else difference.abs()
         maps = error.mean(1, keepdim=True)
         if self._backbone is not None:
-            maps = torch.cat([maps, self._feature_distance(self._backbone, x, reconstruction)], 1)
+            maps = torch.cat([maps, self._feature_distance(self._backbone, x, reconstruction, model.device)], 1)
         return maps.cpu()
 
     def reconstruct(self, model: Diffusion, x: Tensor) -> Tensor:
@@ -105,14 +117,18 @@ class Conditioned(Judge):
         if self._backbone is not None:
             self._backbone.load_state(state)
 
-    def _feature_distance(self, backbone: Backbone, x: Tensor, reconstruction: Tensor) -> Tensor:
-        """1 - cosine of the features of each cell, mean over levels, at the size of ``x``, (B, 1, H, W)."""
+    def _feature_distance(self, backbone: Backbone, x: Tensor, reconstruction: Tensor, device: str) -> Tensor:
+        """1 - cosine of the features of each cell, mean over levels, at the size of ``x``, (B, 1, H, W).
+
+        The network runs on ``device``, the denoiser's.
+        """
         if x.shape[1] not in (1, 3):
             raise ConfigError(
                 f"scoring.feature_backbone is {self.options.feature_backbone!r} and what is diffused has {x.shape[1]}"
                 " channels; it compares images: leave it empty, or set space to pixel"
             )
-        pairs = backbone.load()(torch.cat([x, reconstruction]), _directions)  # (2 B, D, h, w)
+        images = torch.cat([x, reconstruction]).to(device)
+        pairs = backbone.load()(images, _directions).to(x.device)  # (2 B, D, h, w)
         rows = [self._distance(pairs[i], pairs[len(x) + i], x.shape[2:]) for i in range(len(x))]
         return torch.stack(rows) if rows else x.new_zeros(0, 1, *x.shape[2:])
 

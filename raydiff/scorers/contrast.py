@@ -63,12 +63,21 @@ class Contrast(Judge):
         """The K steps, ascending and evenly spaced between ``start`` and ``stop``."""
         return evenly_spaced(schedule, self.options)
 
-    def check(self, num_conditions: int | None) -> None:
-        """See that there are conditions to tell apart.
+    def check(self, num_conditions: int | None, space: str) -> None:
+        """See that there are conditions to tell apart, and images to turn.
 
         Raises:
-            ConfigError: the denoiser has no condition, a single class, or is told of classes where turns are asked.
+            ConfigError: the denoiser has no condition, a single class, is told of classes where turns are asked, or
+                diffuses something that cannot be turned.
         """
+        self._check_conditions(num_conditions)
+        if self.options.rotations != 1 and space != "pixel":
+            raise ConfigError(
+                f"scoring.rotations is {self.options.rotations} and space is {space}, whose grids are not those of"
+                " turned images; set scoring.rotations to 1, or space to pixel"
+            )
+
+    def _check_conditions(self, num_conditions: int | None) -> None:
         wanted = self.options.condition
         if num_conditions is None:
             raise ConfigError(
@@ -112,7 +121,7 @@ class Contrast(Judge):
         return None
 
     def _num_conditions(self, model: Diffusion) -> int:
-        self.check(model.num_classes)
+        self._check_conditions(model.num_classes)
         return int(model.num_classes or 0)
 
     def _truth(self, errors: Tensor, turn: int) -> Tensor:

@@ -58,6 +58,18 @@ class Likelihood(Judge):
         super().__init__(options)
         self.options = options
 
+    def check(self, num_conditions: int | None, space: str) -> None:  # noqa: ARG002
+        """See that the data are what the decoder takes them for.
+
+        Raises:
+            ConfigError: they are not pixels, and so have no grey levels.
+        """
+        if self.options.decoder == "levels" and space != "pixel":
+            raise ConfigError(
+                f"scoring.decoder is levels and space is {space}, which has no grey levels; set scoring.decoder to"
+                " continuous"
+            )
+
     def timesteps(self, schedule: NoiseSchedule) -> list[int]:
         """Step 0 for the decoder, then K steps, ascending, evenly spaced in log SNR as far as whole steps allow.
 

@@ -39,7 +39,7 @@ def check_scorer(name: str, **fields: Any) -> None:
 
 def _needs_condition(scorer: Scorer) -> bool:
     try:
-        scorer.check(None)
+        scorer.check(None, "pixel")
     except ConfigError:
         return True
     return False

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from raydiff.artifact import read_folder
 from raydiff.config import ExperimentConfig
 from raydiff.core.schedule import make_schedule
 from raydiff.detector import DiffusionDetector, load_detector
 from raydiff.errors import ConfigError
+from raydiff.experiment import fit_locally
 from raydiff.scorers import conditioned, reconstruction
 from raydiff.testing import OracleDenoiser, check_scorer, planted_defect, small_images
 
@@ -39,6 +41,18 @@ def test_one_step_is_the_formula():
     epsilon = sigma * (x_t - signal * MEAN) / (abar * STD**2 + 1 - abar)
     steered = epsilon - 0.7 * sigma * (signal * x + sigma * epsilon - x_t)
     torch.testing.assert_close(scorer.reconstruct(model, x), (x_t - sigma * steered) / signal, rtol=1e-4, atol=1e-5)
+
+
+def test_above_one_over_its_variance_steering_overshoots():
+    """At the first step the expected image moves by w (1 - abar) of the way to the image."""
+    model, x = ORACLE.model(), ORACLE.sample((4, 1, 8, 8))
+    (t,) = build(num_inference_steps=1).timesteps(SCHEDULE)
+    weight = 1 / (1 - float(SCHEDULE.alphas_cumprod[t]))
+    free, exact, beyond = (
+        build(num_inference_steps=1, weight=w).reconstruct(model, x) - x for w in (0, weight, 1.5 * weight)
+    )
+    torch.testing.assert_close(exact, torch.zeros_like(x), rtol=0, atol=1e-4)
+    torch.testing.assert_close(beyond, -0.5 * free, rtol=1e-3, atol=1e-4)
 
 
 def test_steering_keeps_normal_detail():
@@ -104,6 +118,24 @@ def test_the_network_travels_with_the_artefact(features, tmp_path):
         hidden.rename(weights)
 
 
+def test_a_run_is_fitted_with_it(features, tiny_config, digit_shards, tmp_path):
+    """A checkpoint holds no feature network; the artefact of the run does."""
+    scoring = {"name": "conditioned", "num_inference_steps": 2, **features}
+    fields = {"scoring": scoring, "training.num_steps": 2, "training.warmup_steps": 0}
+    detector = fit_locally(tiny_config.override(fields), tmp_path, digit_shards)
+    assert detector.calibration is not None
+    tensors = read_folder(tmp_path / "artifact").tensors("weights.safetensors")
+    network = load_file(features["feature_weights"])
+    kept = {name.removeprefix("scorer.model."): v for name, v in tensors.items() if name.startswith("scorer.")}
+    assert kept
+    assert all(torch.equal(value, network[name]) for name, value in kept.items())
+    images = small_images(3)
+    assert torch.equal(load_detector(tmp_path / "artifact").score(images).image, detector.score(images).image)
+
+
 def test_features_compare_images(features):
+    with pytest.raises(ConfigError, match="'test_efficientnet', which compares images, and space is feature; leave it"):
+        build(**features).check(None, "feature")
+    build().check(None, "feature")
     with pytest.raises(ConfigError, match="what is diffused has 5 channels; it compares images"):
         build(**features).measure(ORACLE.model(), ORACLE.sample((1, 5, 8, 8)))

@@ -93,7 +93,17 @@ def test_evaluations(fields, evaluations):
 )
 def test_without_conditions_to_tell_apart(fields, num_conditions, message):
     with pytest.raises(ConfigError, match=message):
-        build(**fields).check(num_conditions)
+        build(**fields).check(num_conditions, "pixel")
+
+
+def test_only_images_can_be_turned():
+    """A grid of features of a turned image is not the turned grid."""
+    build(rotations=4).check(4, "pixel")
+    build(rotations=1).check(4, "feature")
+    with pytest.raises(
+        ConfigError, match=r"scoring.rotations is 4 and space is feature, .* set scoring.rotations to 1"
+    ):
+        build(rotations=4).check(4, "feature")
 
 
 def test_it_is_refused_before_training():

@@ -6,8 +6,10 @@ from itertools import pairwise
 import pytest
 import torch
 
+from raydiff.config import ExperimentConfig
 from raydiff.core.objective import variational_bound
 from raydiff.core.schedule import make_schedule
+from raydiff.detector import DiffusionDetector
 from raydiff.errors import ConfigError
 from raydiff.scorers import likelihood
 from raydiff.testing import OracleDenoiser
@@ -91,3 +93,15 @@ def test_steps():
         ConfigError, match=r"num_inference_steps is 60; up to scoring.top a schedule of 60 steps has only 47"
     ):
         build(num_inference_steps=60).timesteps(SCHEDULE)
+
+
+def test_grey_levels_are_those_of_pixels():
+    build(decoder="levels").check(None, "pixel")
+    build(decoder="continuous").check(None, "feature")
+    with pytest.raises(
+        ConfigError, match=r"scoring.decoder is levels and space is feature.*set scoring.decoder to cont"
+    ):
+        build(decoder="levels").check(None, "feature")
+    config = ExperimentConfig().override({"space": {"name": "feature"}, "scoring": {"name": "likelihood"}})
+    with pytest.raises(ConfigError, match=r"scoring.decoder is levels"):
+        DiffusionDetector.create(config, num_classes=1)
