@@ -17,21 +17,23 @@ trainings, cells, robustness), which :mod:`raydiff.tasks` runs in this process a
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from raydiff.config import DataConfig
+from raydiff.config import DataConfig, ExperimentConfig, load_config
 from raydiff.cost import measure_cost
 from raydiff.detector import Detector, DiffusionDetector, load_detector
 from raydiff.errors import ConfigError, DataError
 from raydiff.evaluation import evaluate
-from raydiff.experiment import ARTIFACT, calibrated, fit_baseline, fit_locally
-from raydiff.journal import append_lines, read_lines
+from raydiff.experiment import ARTIFACT, CONFIG, calibrated, fit_baseline, fit_locally
+from raydiff.journal import alone_in, append_lines, read_lines, write_whole
 from raydiff.plan import Cell, Plan, Training, plan
 from raydiff.preflight import check
 from raydiff.results import (
@@ -41,6 +43,7 @@ from raydiff.results import (
     save_evaluations,
 )
 from raydiff.robustness import robustness
+from raydiff.runtime import CHECKPOINTS
 from raydiff.shards import ShardSet, write_shards
 from raydiff.suite import CostPlan, Resources, RobustnessPlan
 from raydiff.tasks import Failure, Kind, Progress, SerialWorkers, Task, Workers, drive
@@ -80,7 +83,7 @@ def finished_cells(out: Path) -> set[str]:
     if not path.exists():
         return set()
     found: set[str] = set()
-    for number, line in read_lines(path):
+    for number, line in read_lines(path, "restore it, or choose another --out"):
         try:
             row = json.loads(line)
         except ValueError as error:
@@ -109,22 +112,36 @@ def run_benchmark(
 
     Raises:
         ConfigError, DataError: see :func:`raydiff.preflight.check`; before anything runs. So does what ``workers``
-            raises.
+            raises. ConfigError too where another benchmark runs in ``out``.
         StorageError: the rows cannot be written.
     """
     out = out.resolve()
-    done = finished_cells(out)
-    tasks = tasks_of(plan, out, done, command=command)
+    with ExitStack() as stack:
+        is_new = not out.is_dir()
+        if not is_new:
+            stack.enter_context(alone_in(out))
+        done = finished_cells(out)
+        tasks = tasks_of(plan, out, done, command=command)
+        result = Benchmark(sum(cell.cell_id in done for cell in plan.cells))
+        if not tasks:
+            return result
+        check_unfinished(plan, out, tasks)
+        try:
+            able = workers(tasks)
+        except ConfigError as error:
+            raise ConfigError(f"{plan.path}: {error}") from error
+        if is_new:  # what is refused leaves nothing behind
+            stack.enter_context(alone_in(out))
+        _run(plan, out, drive(tasks, able), result, on_progress)
+    return result
+
+
+def _run(
+    plan: Plan, out: Path, steps: Iterator[Progress], result: Benchmark, on_progress: Callable[[Progress], None]
+) -> None:
+    """Write down what each task gave as it ends."""
     cells = {cell.cell_id: cell for cell in plan.cells}
-    result = Benchmark(sum(cell in done for cell in cells))
-    if not tasks:
-        return result
-    check_unfinished(plan, out, tasks)
-    try:
-        able = workers(tasks)
-    except ConfigError as error:
-        raise ConfigError(f"{plan.path}: {error}") from error
-    for progress in drive(tasks, able):
+    for progress in steps:
         task, outcome = progress.task, progress.outcome
         if outcome.failure is not None:
             result.failed[task.name] = outcome.failure
@@ -136,7 +153,6 @@ def run_benchmark(
             save_evaluations(out / RESULTS, [outcome.value])
             result.finished.append(cells[task.key])
         on_progress(progress)
-    return result
 
 
 def check_unfinished(plan: Plan, out: Path, tasks: Sequence[Task] | None = None) -> None:
@@ -156,17 +172,26 @@ def tasks_of(plan: Plan, out: Path, done: set[str], *, command: str | None = Non
             tasks |= {task.key: task for task in _cell_tasks(plan, cell, out, command) if task.key not in tasks}
         asked = _robustness_of(plan, cell)
         if asked is not None and (cell.cell_id not in done or not _is_robust(cell, out, asked)):
+            tasks |= {task.key: task for task in _shards_task(plan, cell, out) if task.key not in tasks}
             key, call = _robustness_key(cell), partial(run_robustness, cell, out, asked)
-            tasks[key] = Task(key, "robustness", f"{cell.name} changed", (cell.cell_id,), cell.resources, call)
+            needs = (_shards_key(cell), cell.cell_id)
+            tasks[key] = Task(key, "robustness", f"{cell.name} changed", needs, cell.resources, call)
     return list(tasks.values())
+
+
+def _shards_task(plan: Plan, cell: Cell, out: Path) -> Iterator[Task]:
+    """The writing of its shards, where they are not finished."""
+    place = _shards_place(out, cell.shards)
+    if not ShardSet.is_finished(str(place)):
+        name = f"shards of {cell.dataset}" + (f"/{cell.category}" if cell.category else "")
+        write = partial(_write, plan.shards[cell.shards], place)
+        yield Task(_shards_key(cell), "shards", name, (), Resources(), write)
 
 
 def _cell_tasks(plan: Plan, cell: Cell, out: Path, command: str | None) -> Iterator[Task]:
     """Its shards and its training where they are not finished, and itself."""
-    shards, place = f"shards-{cell.shards}", _shards_place(out, cell.shards)
-    if not ShardSet.is_finished(str(place)):
-        name = f"shards of {cell.dataset}" + (f"/{cell.category}" if cell.category else "")
-        yield Task(shards, "shards", name, (), Resources(), partial(_write, plan.shards[cell.shards], place))
+    yield from _shards_task(plan, cell, out)
+    shards = _shards_key(cell)
     needs = [shards]
     if cell.training is not None:
         training = plan.trainings[cell.training]
@@ -180,9 +205,17 @@ def _cell_tasks(plan: Plan, cell: Cell, out: Path, command: str | None) -> Itera
 
 
 def is_trained(training: Training, out: Path) -> bool:
-    """Whether its artefact is there."""
+    """Whether its artefact is there, and how long it took."""
     folder = out / "trainings" / training.key
-    return (folder / _SECONDS).exists() and (folder / ARTIFACT / "manifest.json").exists()
+    return _seconds(folder) is not None and (folder / ARTIFACT / "manifest.json").exists()
+
+
+def _seconds(folder: Path) -> float | None:
+    """What a training took; None where that was not written, or not to its end."""
+    try:
+        return float(json.loads((folder / _SECONDS).read_text(encoding="utf-8"))["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def run_training(training: Training, out: Path) -> None:
@@ -190,6 +223,7 @@ def run_training(training: Training, out: Path) -> None:
     folder = out / "trainings" / training.key
     if is_trained(training, out):
         return
+    _forget_another(training.config, folder)
     before = list(read_metrics(folder))
     begun = time.monotonic()
     shards = ShardSet.open(str(_shards_place(out, training.shards)))
@@ -197,7 +231,17 @@ def run_training(training: Training, out: Path) -> None:
     seconds = time.monotonic() - begun
     resumed = max((line["step"] for line in read_metrics(folder) if line.get("resumed")), default=0)
     seconds += _seconds_until(resumed, before, training.config.training.batch_size)
-    (folder / _SECONDS).write_text(json.dumps({"seconds": seconds}), encoding="utf-8")
+    write_whole(folder / _SECONDS, json.dumps({"seconds": seconds}))
+
+
+def _forget_another(config: ExperimentConfig, folder: Path) -> None:
+    """Drop the checkpoints of a run that began with another config: it cannot be gone on with."""
+    try:
+        same = load_config(folder / CONFIG).digest() == config.digest()
+    except ConfigError:
+        same = False
+    if not same and (folder / CHECKPOINTS).exists():
+        shutil.rmtree(folder / CHECKPOINTS)
 
 
 def _seconds_until(step: int, lines: Sequence[Mapping[str, Any]], batch_size: int) -> float:
@@ -217,8 +261,9 @@ def run_cell(cell: Cell, out: Path, *, cost: CostPlan | None = None, command: st
     detector = calibrated(detector, shards).save(_artifact(out, cell.cell_id), overwrite=True)
     size = cell.config.execution.scoring_batch_size
     cost = cost or CostPlan(batch_sizes=(1, size), num_images=size)
-    images = next(iter(shards.read("test", detector.image_spec, batch_size=cost.num_images))).images
-    costs = measure_cost(detector, images, cost.batch_sizes).fields()
+    bad = cell.config.data.on_bad_image
+    first = next(iter(shards.read("test", detector.image_spec, batch_size=cost.num_images, on_bad_image=bad)))
+    costs = measure_cost(detector, first.images, cost.batch_sizes).fields()
     return evaluate(
         detector, shards, dataset=cell.dataset, category=cell.category, name=cell.method, batch_size=size,
         command=command,
@@ -236,7 +281,9 @@ def _detector(cell: Cell, out: Path, shards: ShardSet) -> tuple[Detector, float]
     trained = load_detector(folder / ARTIFACT, device=_device(cell.resources))
     if not isinstance(trained, DiffusionDetector):
         raise ConfigError(f"{folder}: does not hold a diffusion model; remove the folder and run again")
-    seconds = float(json.loads((folder / _SECONDS).read_text(encoding="utf-8"))["seconds"])
+    seconds = _seconds(folder)
+    if seconds is None:
+        raise DataError(f"{folder / _SECONDS}: does not say how long the training took; run the benchmark again")
     return trained.with_scoring(cell.config.scoring), seconds
 
 
@@ -249,8 +296,12 @@ class Changed:
     rows: list[RobustnessRow]
 
     def mark(self, out: Path) -> None:
-        """Note that the rows are written; whoever asks for others gets them anew."""
-        (out / "cells" / self.cell_id / _ROBUST).write_text(self.asked, encoding="utf-8")
+        """Note that the rows are written; whoever asks for others gets them anew.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        write_whole(out / "cells" / self.cell_id / _ROBUST, self.asked)
 
 
 def run_robustness(cell: Cell, out: Path, asked: RobustnessPlan) -> Changed:
@@ -280,6 +331,10 @@ def _robustness_of(plan: Plan, cell: Cell) -> RobustnessPlan | None:
     if asked is None or (asked.methods is not None and cell.method not in asked.methods):
         return None
     return None if asked.datasets is not None and cell.dataset not in asked.datasets else asked
+
+
+def _shards_key(cell: Cell) -> str:
+    return f"shards-{cell.shards}"
 
 
 def _robustness_key(cell: Cell) -> str:

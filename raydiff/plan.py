@@ -1,8 +1,8 @@
 """From a suite to its cells: what there is to run, what can be shared, and whether all of it can work.
 
 A cell is one method on one category of a data set with one seed. Cells share shards (one set per data section) and
-trainings (one per config with the scoring left out). Digests are taken of the config as the suite file has it, paths
-relative to ``--data``: they are the same on every machine.
+trainings (one per config with the scoring left out). Configs and digests are those of the suite file, paths relative to
+``--data``: the same on every machine. Only what shards are written from has the paths of this one.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _DEFAULT_NAMES = {
 class Cell:
     """One point of a benchmark. ``cell_id`` is 12 hex characters over everything that can change its row.
 
-    ``config`` holds the scoring, or the defaults beside a ``baseline``; ``training`` is the key of the training that it
-    scores with, None for a baseline; ``shards`` that of its images.
+    ``config`` holds the scoring, or the defaults beside a ``baseline``, with paths relative to ``--data``; ``training``
+    is the key of the training that it scores with, None for a baseline; ``shards`` that of its images.
     """
 
     method: str
@@ -62,7 +62,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Training:
-    """A network to train; ``key`` is 12 hex characters over everything that can change its weights."""
+    """A network to train; ``key`` is 12 hex characters over everything that can change its weights.
+
+    Paths in ``config`` are relative to ``--data``.
+    """
 
     key: str
     name: str
@@ -75,7 +78,7 @@ class Training:
 class Plan:
     """Everything a suite asks for: cells in the file's order, and by key the trainings and data they share.
 
-    ``whole`` are the suite's cells where ``cells`` is a part of them.
+    ``shards`` has the paths of this machine. ``whole`` are the suite's cells where ``cells`` is a part of them.
     """
 
     path: Path
@@ -145,26 +148,27 @@ class _Layout:
     def add(self, name: str, dataset: str, category: str, assignments: Mapping[str, Any], seed: int) -> None:
         """One cell, and the training and shards it needs."""
         method, options = self._suite.methods[name], self._baselines[name]
-        written = self._config(name, method, dataset, category, assignments, seed)
-        config = self._rooted(written)
-        shards = _short([recorded_fields(written.data), written.data.on_bad_image])
-        self.shards.setdefault(shards, config.data)
-        training = None if method.training is None else self._add_training(method, written, shards, dataset, category)
+        config = self._config(name, method, dataset, category, assignments, seed)
+        shards = shards_key(config.data)
+        if shards not in self.shards:
+            self.shards[shards] = self._rooted(config).data
+        training = None if method.training is None else self._add_training(method, config, shards, dataset, category)
         described = None if options is None else options.model_dump(mode="json")
         self.cells.append(
             Cell(
-                name, dataset, category, seed, _short([name, dataset, category, seed, written.digest(), described]),
+                name, dataset, category, seed, _short([name, dataset, category, seed, config.digest(), described]),
                 config, options, training, shards, self._resources(method),
             )
         )  # fmt: skip
 
-    def _add_training(self, method: Method, written: ExperimentConfig, shards: str, dataset: str, category: str) -> str:
-        fitted = written.model_copy(update={"scoring": _training_scoring(written)})
-        key = _short(fitted.digest())
+    def _add_training(self, method: Method, config: ExperimentConfig, shards: str, dataset: str, category: str) -> str:
+        fitted = config.model_copy(update={"scoring": _training_scoring(config)})
+        unusual = _unusual(config.data)
+        key = _short([fitted.digest(), unusual] if unusual else fitted.digest())
         if key not in self.trainings:
-            name = f"{method.training}/{dataset}/{category or '-'}/{written.seed}"
+            name = f"{method.training}/{dataset}/{category or '-'}/{config.seed}"
             resources = self._suite.training(method.training or "")[1]
-            self.trainings[key] = Training(key, name, self._rooted(fitted), shards, resources)
+            self.trainings[key] = Training(key, name, fitted, shards, resources)
         return key
 
     def _config(
@@ -205,7 +209,7 @@ class _Layout:
         return config.override(places)
 
     def _resources(self, method: Method) -> Resources:
-        """A baseline holds no GPU unless it asks for one."""
+        """A baseline holds no GPU: it runs on the CPU."""
         if method.resources is not None:
             return method.resources
         if method.training is not None:
@@ -216,6 +220,24 @@ class _Layout:
 def _nested(path: str, value: Any) -> dict[str, Any]:
     first, _, rest = path.partition(".")
     return {first: _nested(rest, value) if rest else value}
+
+
+def shards_key(data: DataConfig) -> str:
+    """12 hex characters over everything that can change which images a set of shards holds, or whether it is made."""
+    unusual = _unusual(data)
+    return _short([recorded_fields(data), data.on_bad_image, *([unusual] if unusual else [])])
+
+
+def _unusual(data: DataConfig) -> dict[str, Any]:
+    """What decides whether shards are made at all or an image is left out, where it is not the default."""
+    found: dict[str, Any] = {}
+    if data.max_pixels != DataConfig.model_fields["max_pixels"].default:
+        found["max_pixels"] = data.max_pixels
+    counted = type(data.dataset).model_fields.get("check_counts")
+    asked = data.dataset.model_dump().get("check_counts")
+    if counted is not None and asked != counted.default:
+        found["check_counts"] = asked
+    return found
 
 
 def _short(content: object) -> str:

@@ -228,27 +228,23 @@ def read_results(path: str | Path) -> list[Result]:
 
 
 def _read_runs(path: str | Path, cells: Collection[str] | None = None) -> list[Evaluation]:
-    """The latest runs without their predictions."""
-    try:
-        lines = list(read_lines(path))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise DataError(f"{path}: cannot be read ({reason}); run raydiff evaluate to make it") from error
+    """The latest runs without their predictions; one whose row "all" is missing was cut off and is left out."""
     rows: dict[tuple[str, str, str], Result] = {}
-    for number, line in lines:
+    for number, line in read_lines(path, "run raydiff evaluate to make it"):
         row = _parse(line, f"{path} line {number}")
         key = (row.run, row.subset_kind, row.subset)
         rows.pop(key, None)
         rows[key] = row
-    if not rows:
-        raise DataError(f"{path}: holds no results; run raydiff evaluate to add some")
     runs: dict[str, list[Result]] = {}
     for row in rows.values():
-        if cells is not None and row.cell not in cells:
-            continue
         runs.setdefault(row.run, []).append(row)
+    whole = [members for members in runs.values() if any(row.subset_kind == "all" for row in members)]
+    if not whole:
+        raise DataError(f"{path}: holds no results; run raydiff evaluate to add some")
     return latest(
-        Evaluation(sorted(members, key=lambda row: row.subset_kind != "all"), None, []) for members in runs.values()
+        Evaluation(sorted(members, key=lambda row: row.subset_kind != "all"), None, [])
+        for members in whole
+        if cells is None or members[0].cell in cells
     )
 
 
@@ -258,23 +254,18 @@ def append_robustness(path: str | Path, rows: Iterable[RobustnessRow]) -> None:
 
 
 def read_robustness(path: str | Path) -> list[RobustnessRow]:
-    """The rows in order; of rows for the same cell, perturbation, severity and budget only the last.
+    """The rows in order; of a cell only what was asked for last, which begins with its row of unchanged images.
 
     Raises:
         DataError: the file is missing, or a line is no robustness row; names the line.
     """
-    try:
-        lines = list(read_lines(path))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise DataError(f"{path}: cannot be read ({reason}); run raydiff benchmark to make it") from error
-    rows: dict[tuple[object, ...], RobustnessRow] = {}
-    for number, line in lines:
+    rows: dict[str, dict[tuple[object, ...], RobustnessRow]] = {}
+    for number, line in read_lines(path, "run raydiff benchmark to make it"):
         row = _parse_as(RobustnessRow, line, f"{path} line {number}")
-        key = (row.cell, row.perturbation, row.severity, row.budget)
-        rows.pop(key, None)
-        rows[key] = row
-    return list(rows.values())
+        if row.severity == 0:
+            rows.pop(row.cell, None)
+        rows.setdefault(row.cell, {})[row.perturbation, row.severity, row.budget] = row
+    return [row for of_cell in rows.values() for row in of_cell.values()]
 
 
 def save_evaluations(path: str | Path, evaluations: Sequence[Evaluation]) -> None:

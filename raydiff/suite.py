@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from raydiff import registry
@@ -19,17 +18,35 @@ from raydiff.config import Section
 from raydiff.core.metrics import IMAGE_METRICS, PIXEL_METRICS
 from raydiff.errors import ConfigError
 from raydiff.results import CLASSICS
+from raydiff.yaml_file import read_mapping
 
 __all__ = ["CostPlan", "Method", "Resources", "RobustnessPlan", "Suite", "SuiteDataset", "load_suite", "merged"]
 
 _COMPONENTS = ("dataset", "space", "denoiser", "scoring")
+
+_RESOURCES = "leave it out, and say under resources what a task holds"
+_ELSEWHERE = {
+    "seed": "leave it out, and list seeds under seeds",
+    "scoring": "leave it out, and give each of methods its own scoring",
+    "execution.num_workers": f"each task has one worker; {_RESOURCES}",
+    "execution.use_gpu": _RESOURCES,
+    "execution.cpus_per_worker": _RESOURCES,
+    "execution.max_failures": "leave it out; the same command tries what failed again",
+}
+"""Config fields that a benchmark sets itself, and what to write in their place."""
 
 
 class Resources(Section):
     """What one task holds while it runs. A share of a GPU lets several tasks run on one."""
 
     num_cpus: float = Field(1.0, gt=0, description="rounded up, also the threads of torch")
-    num_gpus: float = Field(0.0, ge=0, description="above 0 the task runs on a GPU")
+    num_gpus: float = Field(0.0, ge=0, description="above 0 the task runs on a GPU; above 1 a whole number")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_gpus > 1 and not self.num_gpus.is_integer():
+            raise ValueError(f"num_gpus is {self.num_gpus:g}; above 1 it must be a whole number")
+        return self
 
 
 class SuiteDataset(Section):
@@ -96,6 +113,10 @@ class Method(Section):
             raise ValueError("scoring is missing; name a scorer")
         if self.baseline is not None and self.scoring is not None:
             raise ValueError("scoring is set for a baseline; leave it out")
+        if self.baseline is not None and self.resources is not None and self.resources.num_gpus > 0:
+            raise ValueError(
+                f"resources.num_gpus is {self.resources.num_gpus:g} for a baseline, which runs on the CPU; leave it out"
+            )
         return self
 
 
@@ -144,7 +165,22 @@ class Suite(Section):
             raise ValueError(f"seeds is {list(self.seeds)}; give each once")
         for name in self.trainings:
             self.training(name)
+        for key, path in self._written():
+            remedy = _ELSEWHERE.get(path, _ELSEWHERE.get(path.partition(".")[0]))
+            if remedy is not None:
+                raise ValueError(f"{key}.{path} has no effect in a suite; {remedy}")
         return self
+
+    def _written(self) -> Iterable[tuple[str, str]]:
+        """(where, dotted path) of every config field and section that the suite sets."""
+        places = {"base": self.base} | {f"trainings.{name}": fields for name, fields in self.trainings.items()}
+        places |= {f"datasets.{name}.config": dataset.config for name, dataset in self.datasets.items()}
+        for key, fields in places.items():
+            for section, value in fields.items():
+                yield key, section
+                yield from ((key, f"{section}.{field}") for field in (value if isinstance(value, dict) else ()))
+        for name, dataset in self.datasets.items():
+            yield from ((f"datasets.{name}.each", path) for path in dataset.each)
 
     def _references(self) -> Iterable[tuple[str, Iterable[str] | None, Iterable[str]]]:
         """(key, names written there, names that exist)."""
@@ -175,7 +211,9 @@ class Suite(Section):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(["trainings", name, "resources", *map(str, first["loc"])])
-            raise ValueError(f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
+            own = first["type"] == "value_error"
+            reason = str(first["ctx"]["error"]) if own else f"{first['msg'][0].lower()}{first['msg'][1:]}"
+            raise ValueError(f"{where}: {reason}") from error
 
     def classic_methods(self) -> tuple[str, ...]:
         """The methods that the others are compared with."""
@@ -192,16 +230,10 @@ def load_suite(path: str | Path) -> Suite:
     """Read a suite file.
 
     Raises:
-        ConfigError: it is missing or unreadable, or a key is unknown or invalid; names the file and the key.
+        ConfigError: it is missing or unreadable, or a key is unknown, invalid or given twice; names the file and the
+            key.
     """
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a suite file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: holds a {type(data).__name__}; a suite is a mapping with datasets and methods")
+    data = read_mapping(path, "suite", "with datasets and methods")
     try:
         return Suite.model_validate(data)
     except ValidationError as error:

@@ -18,9 +18,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from raydiff.artifact import read_folder
-from raydiff.benchmark import finished_cells, plan, run_benchmark
+from raydiff.benchmark import Changed, finished_cells, is_trained, plan, run_benchmark
 from raydiff.cli import main
-from raydiff.errors import ConfigError, DataError, RaydiffError
+from raydiff.errors import ConfigError, DataError, RaydiffError, StorageError
+from raydiff.journal import alone_in
 from raydiff.plan import Plan
 from raydiff.results import Result, read_results, read_robustness
 from tests.test_suite import TINY, write
@@ -109,6 +110,65 @@ def test_the_order_of_cells_changes_no_row(suite: Plan, finished: Path, tmp_path
     found = comparable(tmp_path / "out")
     assert len({cell for cell, _ in found}) == 4
     assert found == {key: expected[key] for key in found}
+
+
+@pytest.mark.parametrize("content", ["", '{"seconds": 1', '{"seconds": null}', "[]"])
+def test_a_training_whose_time_was_cut_off_is_done_again(
+    suite: Plan, finished: Path, tmp_path: Path, content: str
+) -> None:
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    cell = suite.cells[0]
+    training = suite.trainings[str(cell.training)]
+    folder = out / "trainings" / training.key
+    (folder / "training_seconds.json").write_text(content)
+    shutil.rmtree(out / "cells" / cell.cell_id)
+    assert not is_trained(training, out)
+    result = run_benchmark(suite, out)
+    assert (result.finished, result.failed) == ([cell], {})
+    assert is_trained(training, out)
+    assert not list(folder.glob("*.partial"))
+
+
+def test_a_training_begun_with_another_config_starts_anew(suite: Plan, finished: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    cell = suite.cells[0]
+    folder = out / "trainings" / str(cell.training)
+    (folder / "training_seconds.json").unlink()
+    shutil.rmtree(out / "cells" / cell.cell_id)
+    begun = yaml.safe_load((folder / "config.yaml").read_text())
+    begun["data"]["dataset"]["normal"] = ["7"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(begun))
+    for position in folder.glob("checkpoints/*/training.json"):
+        position.write_text("{}")  # whoever opens it fails
+    assert run_benchmark(suite, out).finished == [cell]
+    assert comparable(out) == comparable(finished)
+
+
+def test_one_benchmark_at_a_time_writes_in_a_folder(suite: Plan, finished: Path, tmp_path: Path) -> None:
+    with alone_in(finished), pytest.raises(ConfigError, match=r"another benchmark runs in .*/out; .* another --out"):
+        run_benchmark(suite, finished)
+    assert not run_benchmark(suite, finished).failed
+    seen = []
+
+    def try_too(_: object) -> None:
+        with pytest.raises(ConfigError, match="another benchmark runs"):
+            run_benchmark(suite, tmp_path / "new")
+        seen.append(True)
+
+    assert not run_benchmark(suite.only("near/*/1/0"), tmp_path / "new", on_progress=try_too).failed
+    assert seen
+
+
+def test_rows_that_are_no_text_are_named(suite: Plan, tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_bytes(b"\xff\xfe\x00\n")
+    with pytest.raises(DataError, match=r"results.jsonl: cannot be read \(not UTF-8 text\); restore it"):
+        run_benchmark(suite, tmp_path)
+
+
+def test_a_mark_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "cells").write_text("in the way")
+    with pytest.raises(StorageError, match=r"robustness.json: cannot be written"):
+        Changed("a", "{}", []).mark(tmp_path)
 
 
 @pytest.fixture
@@ -201,9 +261,14 @@ def test_robustness_runs_once_and_again_when_more_is_asked(parts: Path, tmp_path
     assert len((out / "robustness.jsonl").read_text().splitlines()) == 3
     run_benchmark(of_parts(parts, robustness=asked | {"severities": [1, 3, 5]}).only("*/whole/0"), out)
     assert [row.severity for row in read_robustness(out / "robustness.jsonl")] == [0, 1, 3, 5]
+    shutil.rmtree(out / "shards")
+    less = of_parts(parts, robustness=asked | {"severities": [3]}).only("*/whole/0")
+    assert not run_benchmark(less, out).failed
+    assert [row.severity for row in read_robustness(out / "robustness.jsonl")] == [0, 3], "the last ask alone"
     assert (out / "results.jsonl").read_bytes() == before
 
 
+METHOD = TINY["methods"]["errors"]
 CONTRAST = {"methods": {"turns": {"training": "unet", "scoring": "contrast"}}}
 NO_MAPS = {"methods": {"near": {"baseline": "knn"}}}
 
@@ -229,7 +294,7 @@ NO_MAPS = {"methods": {"near": {"baseline": "knn"}}}
             ConfigError,
             "needs anomaly maps, and no method on .* draws any \\(near\\)",
         ),
-        ({"methods": {"near": {"baseline": "knn", "resources": {"num_gpus": 64}}}}, ConfigError, "ask for 64 GPU"),
+        ({"methods": {"near": METHOD | {"resources": {"num_gpus": 64}}}}, ConfigError, "ask for 64 GPU"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_runs(

@@ -101,6 +101,23 @@ def test_rows_of_before_trained_on_was_kept_are_read(tmp_path):
     assert read_results(path)[0].trained_on is None
 
 
+def test_a_run_without_its_row_of_all_was_cut_off(tmp_path):
+    path = tmp_path / "results.jsonl"
+    save_evaluations(path, [make()])
+    append_results(path, make(settings="second").rows[1:])  # what a full disk let through
+    assert read_results(path) == [make().rows[0], make().rows[1]]
+    assert load_evaluations(path)[0].superseded == 0
+    append_results(tmp_path / "cut.jsonl", make().rows[1:])
+    with pytest.raises(DataError, match="holds no results"):
+        read_results(tmp_path / "cut.jsonl")
+
+
+def test_separators_of_unicode_end_no_line(tmp_path):
+    odd = make(detector="a\u2028b\u2029c\x85d")
+    save_evaluations(tmp_path / "results.jsonl", [odd])
+    assert read_results(tmp_path / "results.jsonl") == odd.rows
+
+
 def test_rows_alone_are_enough_to_load(tmp_path):
     append_results(tmp_path / "results.jsonl", make().rows)
     loaded = load_evaluations(tmp_path / "results.jsonl")

@@ -69,7 +69,13 @@ def test_paths_are_relative_to_the_data_folder_and_change_no_digest(tmp_path: Pa
     here, there = plan(path, tmp_path / "here"), plan(path, "/there")
     assert [cell.cell_id for cell in here.cells] == [cell.cell_id for cell in there.cells]
     assert list(here.trainings) == list(there.trainings)
-    assert here.cells[0].config.data.dataset.model_dump()["source"] == str(tmp_path / "here" / "parts")
+    for found, root in ((here, tmp_path / "here"), (there, Path("/there"))):
+        (data,) = found.shards.values()
+        assert data.dataset.model_dump()["source"] == str(root / "parts"), "shards are written from this machine's"
+    for mine, theirs in zip(
+        (*here.cells, *here.trainings.values()), (*there.cells, *there.trainings.values()), strict=True
+    ):
+        assert mine.config == theirs.config, "a checkpoint is gone on with wherever the data lies"
     assert there.cells[0].name == "errors/parts/-/0"
 
 
@@ -116,6 +122,19 @@ METHOD = TINY["methods"]["errors"]
         ({"seeds": [True]}, "seeds"),
         ({"resources": {"num_gpu": 1}}, "resources.num_gpu is not a known key; did you mean 'num_gpus'"),
         ({"trainings": {"unet": {"resources": {"num_gpus": -1}}}}, "trainings.unet.resources.num_gpus: .* greater"),
+        ({"trainings": {"unet": {"resources": {"num_gpus": 1.5}}}}, "trainings.unet.resources: num_gpus is 1.5; above"),
+        ({"resources": {"num_gpus": 2.5}}, "resources: num_gpus is 2.5; above 1 it must be a whole number"),
+        (
+            {"methods": {"a": {"baseline": "knn", "resources": {"num_gpus": 0.5}}}},
+            "methods.a: resources.num_gpus is 0.5 for a baseline, which runs on the CPU; leave it out",
+        ),
+        ({"base": {"seed": 1}}, "base.seed has no effect in a suite; .* list seeds under seeds"),
+        ({"base": {"execution": {"use_gpu": True}}}, "base.execution.use_gpu has no effect .* under resources"),
+        ({"base": {"execution": {"num_workers": 2}}}, "base.execution.num_workers has no effect .*one worker"),
+        ({"base": {"scoring": "inversion"}}, "base.scoring has no effect .*give each of methods its own scoring"),
+        ({"trainings": {"unet": {"scoring": {"blur": 1}}}}, "trainings.unet.scoring has no effect"),
+        ({"datasets": {"d": {"config": {"execution": {"max_failures": 1}}}}}, r"datasets.d.config.execution.max_fail"),
+        ({"datasets": {"d": {"each": {"scoring.blur": [0, 1]}}}}, r"datasets.d.each.scoring.blur has no effect"),
         ({"datasets": {"d": {"each": {"a": [1], "b": [1, 2]}}}}, r"datasets.d: each has lists of different lengths"),
         ({"datasets": {"d": {"each": {"a": [1]}, "categories": ["x", "y"]}}}, "2 names for 1 values of each"),
         ({"datasets": {"d": {"each": {"a": ["p/x", "q/x"]}}}}, "categories has 'x' twice"),
@@ -140,6 +159,20 @@ def test_refusals_name_the_file_the_key_and_the_remedy(tmp_path: Path, changes: 
         plan(path)
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
+
+
+def test_what_leaves_an_image_out_is_a_set_of_shards_and_a_training_of_its_own(tmp_path: Path) -> None:
+    def of(**data: Any) -> tuple[set[str], set[str]]:
+        fields = {"dataset": {"name": "mnist", "source": "mnist", "normal": ["3"]}, "on_bad_image": "skip"}
+        fields["dataset"] |= data.pop("dataset", {})
+        found = laid_out(tmp_path, datasets={"a": {"config": {"data": fields | data}}})
+        return set(found.shards), set(found.trainings)
+
+    shards, trainings = of()
+    assert of(max_pixels=64_000_000, dataset={"check_counts": True}) == (shards, trainings), "the defaults"
+    for other in (of(max_pixels=50), of(dataset={"check_counts": False})):
+        assert not other[0] & shards
+        assert not other[1] & trainings
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from raydiff.config.explaining import explain
@@ -24,6 +23,7 @@ from raydiff.config.sections import (
     TrainingConfig,
 )
 from raydiff.errors import ConfigError
+from raydiff.yaml_file import read_mapping
 
 __all__ = ["ExperimentConfig", "load_config"]
 
@@ -106,18 +106,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     """Read a YAML or JSON config file and apply ``path=value`` overrides.
 
     Raises:
-        ConfigError: the file is missing or unreadable, or a field is unknown or invalid.
+        ConfigError: the file is missing or unreadable, or a field is unknown, invalid or given twice.
     """
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a config file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
-    if data is None:
-        data = {}
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: holds a {type(data).__name__}; a config is a mapping of section to fields")
+    data = read_mapping(path, "config", "of section to fields")
     return _validate(data, str(path)).override(overrides)
 
 
