@@ -232,6 +232,14 @@ class Baseline(Protocol):
     pretrained: str | None
     """The name of the pretrained weights it uses, for the mark beside its figures; None without."""
 
+    def check(self) -> None:
+        """See that it can be fitted here.
+
+        Raises:
+            ConfigError: it needs a file that is not there; says how to get it.
+        """
+        ...
+
     def fit(self, images: Tensor) -> None:
         """Learn from normal images (n, C, H, W)."""
         ...

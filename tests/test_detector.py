@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ from torch import Tensor
 from raydiff import registry
 from raydiff.config import ExperimentConfig, component_options
 from raydiff.contracts import Scores
+from raydiff.core.calibration import conformal_quantile
 from raydiff.detector import BaselineDetector, Detector, DiffusionDetector, load_detector
+from raydiff.detector.contract import with_peaks
 from raydiff.errors import ConfigError, NotCalibratedError, ScoreError, ShapeError
 from raydiff.experiment import fit_baselines
 from raydiff.shards import ShardSet
@@ -169,6 +172,25 @@ def test_calibration_takes_batches(detector: DiffusionDetector, digit_images: Te
     whole, parts = detector.calibrate(digit_images), detector.calibrate(digit_images.split(7))
     assert whole.files()["calibration.json"] == parts.files()["calibration.json"]
     assert whole.files()["statistics.safetensors"] == parts.files()["statistics.safetensors"]
+
+
+def test_calibration_keeps_no_map(detector: DiffusionDetector, digit_images: Tensor) -> None:
+    """Of each held-out map its peak alone: no more memory than the evidence and one fold's maps."""
+    kept = with_peaks(detector.score(digit_images))
+    assert kept.map is not None
+    assert kept.map.untyped_storage().nbytes() == 4 * len(digit_images)
+    twice = torch.cat([digit_images, digit_images.flip(-1)])
+    calibration, target = detector.calibrate(twice).calibration, detector.config.calibration.target_fpr
+    folds, evidence = detector.config.calibration.folds, detector.measure(twice)
+    peaks = []
+    for row in range(len(twice)):
+        rest = torch.arange(len(twice)) % folds != row % folds
+        statistics = detector.scorer.fit(evidence[rest])
+        held_out = detector.scorer.judge(evidence[row : row + 1], statistics, detector.config.data.image_size)
+        assert held_out.map is not None
+        peaks.append(float(held_out.map.max()))
+    assert calibration is not None
+    assert calibration.mask_threshold == conformal_quantile(np.array(peaks), target)[0]
 
 
 def test_three_images_are_no_calibration(detector: DiffusionDetector, digit_images: Tensor) -> None:

@@ -63,6 +63,15 @@ class RowBaseline(ABC):
         """The backbone's name; None on pixels."""
         return None if self._backbone is None else self._backbone.name
 
+    def check(self) -> None:
+        """See that the backbone's weights are there, where one is used.
+
+        Raises:
+            ConfigError: they are not, or there is no such network or level.
+        """
+        if self._backbone is not None:
+            self._backbone.check()
+
     def fit(self, images: Tensor) -> None:
         """Learn from normal images (n, C, H, W) in [-1, 1].
 

@@ -73,6 +73,14 @@ class PatchKNN:
         """The backbone's name."""
         return self._backbone.name
 
+    def check(self) -> None:
+        """See that the backbone's weights are there.
+
+        Raises:
+            ConfigError: they are not, or there is no such network or level.
+        """
+        self._backbone.check()
+
     def fit(self, images: Tensor) -> None:
         """Choose the bank from normal images (n, C, H, W) in [-1, 1]; random choices follow from the seed.
 

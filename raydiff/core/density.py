@@ -14,9 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raydiff.errors import ConfigError
+
 __all__ = ["DensityKind", "differentiable_negative_log_density", "fit_density", "negative_log_density"]
 
 DensityKind = Literal["mahalanobis", "gaussian_mixture", "kde"]
+
+_AT_ONCE = 2**21
+"""Numbers in each of the arrays that a density needs for its rows: 16 MiB."""
 
 
 def fit_density(kind: DensityKind, vectors: np.ndarray, *, num_components: int = 3) -> dict[str, Tensor]:
@@ -32,7 +37,15 @@ def fit_density(kind: DensityKind, vectors: np.ndarray, *, num_components: int =
 
     Returns:
         Float64 tensors for :func:`negative_log_density`.
+
+    Raises:
+        ConfigError: the vectors are all the same, so there is no density.
     """
+    if not np.ptp(vectors, axis=0).any():
+        raise ConfigError(
+            f"scoring.density is {kind} and all {len(vectors)} calibration images have the same statistics; set it to"
+            " none, or calibrate with images that differ"
+        )
     center, scale = vectors.mean(0), np.maximum(vectors.std(0), 1e-9)
     z = (vectors - center) / scale
     state = {"center": center, "scale": scale}
@@ -59,8 +72,15 @@ def fit_density(kind: DensityKind, vectors: np.ndarray, *, num_components: int =
 def negative_log_density(state: Mapping[str, Tensor], vectors: np.ndarray) -> np.ndarray:
     """-log p per row up to a constant, float64 (B,); row i depends on ``vectors[i]`` alone.
 
-    Every kind is a mixture of Gaussians with precision L L^T: a KDE has one component per training vector.
+    Every kind is a mixture of Gaussians with precision L L^T: a KDE has one component per training vector. So many rows
+    are evaluated at once that the numbers in between, B M d of them, stay few.
     """
+    rows = max(1, _AT_ONCE // state["means"].numel())
+    parts = [_of_few(state, vectors[i : i + rows]) for i in range(0, max(1, len(vectors)), rows)]
+    return np.concatenate(parts)
+
+
+def _of_few(state: Mapping[str, Tensor], vectors: np.ndarray) -> np.ndarray:
     center, scale, means, weights, roots = (
         state[name].numpy() for name in ("center", "scale", "means", "weights", "precision_roots")
     )

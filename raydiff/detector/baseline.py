@@ -11,7 +11,7 @@ from torch import Tensor
 from raydiff import registry
 from raydiff.config import ExperimentConfig, Options
 from raydiff.contracts import Baseline, Scores
-from raydiff.detector.contract import Detector
+from raydiff.detector.contract import Detector, with_peaks
 
 __all__ = ["BaselineDetector"]
 
@@ -52,7 +52,7 @@ class BaselineDetector(Detector):
     def calibrate(self, images: Tensor | Iterable[Tensor], *, data_digest: str | None = None) -> Self:
         """The threshold from the scores of normal images that the baseline was not fitted on."""
         batches = [images] if isinstance(images, Tensor) else images
-        scores = Scores.concatenate([self.score(batch) for batch in batches])
+        scores = Scores.concatenate([with_peaks(self.score(batch)) for batch in batches])
         return replace(self, calibration=self._make_calibration(scores, data_digest), artifact_digest=None)
 
     @property

@@ -19,7 +19,7 @@ from raydiff.core.calibration import Calibration, conformal_quantile, fit_thresh
 from raydiff.errors import ConfigError, NotCalibratedError, ScoreError, ShapeError
 from raydiff.images import ImageSpec
 
-__all__ = ["Detector"]
+__all__ = ["Detector", "with_peaks"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -180,6 +180,7 @@ class Detector(ABC):
             )
 
     def _make_calibration(self, scores: Scores, data_digest: str | None) -> Calibration:
+        """From normal images' scores; maps may be :func:`with_peaks`'."""
         target = self.config.calibration.target_fpr
         mask_threshold = None
         if scores.map is not None:
@@ -187,6 +188,11 @@ class Detector(ABC):
             mask_threshold = conformal_quantile(peaks, target)[0]
         ordered = scores.image.double().sort().values
         return Calibration(fit_threshold(ordered, target), ordered, mask_threshold, data_digest)
+
+
+def with_peaks(scores: Scores) -> Scores:
+    """Each map cut down to its highest value, (B, 1, 1, 1): all that a calibration keeps of it."""
+    return replace(scores, map=None if scores.map is None else scores.map.amax((1, 2, 3), keepdim=True))
 
 
 def _first_not_finite(scores: Scores) -> int:

@@ -13,7 +13,7 @@ from raydiff.config import ExperimentConfig, Options
 from raydiff.contracts import Scorer, Scores, Space
 from raydiff.core.diffusion import Diffusion
 from raydiff.detector.building import build_denoiser, build_scorer, build_space, num_conditions, schedule_of
-from raydiff.detector.contract import Detector
+from raydiff.detector.contract import Detector, with_peaks
 from raydiff.errors import ConfigError
 
 __all__ = ["DiffusionDetector"]
@@ -108,14 +108,12 @@ class DiffusionDetector(Detector):
             )
         folds = min(self.config.calibration.folds, len(evidence))
         size = self.config.data.image_size
-        parts: dict[int, Scores] = {}
+        parts = []
         for rows in _folds(len(evidence), folds):
             rest = torch.ones(len(evidence), dtype=torch.bool)
             rest[rows] = False
-            scores = self.scorer.judge(evidence[rows], self.scorer.fit(evidence[rest]), size)
-            parts |= {int(row): Scores(scores.image[i : i + 1], None if scores.map is None else scores.map[i : i + 1])
-                      for i, row in enumerate(rows)}  # fmt: skip
-        held_out = Scores.concatenate([parts[i] for i in range(len(evidence))])
+            parts.append(with_peaks(self.scorer.judge(evidence[rows], self.scorer.fit(evidence[rest]), size)))
+        held_out = Scores.concatenate(parts)
         return replace(
             self,
             statistics=self.scorer.fit(evidence),

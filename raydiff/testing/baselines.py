@@ -21,6 +21,7 @@ def check_baseline(name: str, **fields: Any) -> None:
         train, images = small_images(60, size, channels, seed=1), small_images(16, size, channels, seed=2)
         with untouched_generators(what):
             baseline: Baseline = build("baselines", name, fields, seed=5)
+            baseline.check()
             baseline.fit(train)
             scores = baseline.score(images)
         require(tuple(scores.image.shape) == (16,), f"{what}: 16 images gave scores {tuple(scores.image.shape)}")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from raydiff import backbone, registry
-from raydiff.errors import ArtifactError, DataError, RaydiffError, ShapeError
+from raydiff.errors import ArtifactError, ConfigError, DataError, RaydiffError, ShapeError
 from raydiff.testing import small_images
 
 NAMES = ["copod", "isolation_forest", "knn", "ocsvm"]
@@ -145,3 +145,17 @@ def test_a_surrogate_is_the_score_with_gradients(name, fields):
     (gradient,) = torch.autograd.grad(surrogate[0], images)
     assert bool(gradient[0].any())
     assert not bool(gradient[1:].any())
+
+
+@pytest.mark.parametrize("name", [*NAMES, "patch_knn"])
+def test_what_the_features_need_is_looked_at_before_fitting(name, tmp_path):
+    features = {} if name == "patch_knn" else {"features": "backbone"}
+    for fields, message in (
+        ({"weights": str(tmp_path / "gone.safetensors")}, "gone.safetensors: cannot be read"),
+        ({"backbone": "resnet18x"}, "backbone is 'resnet18x'; timm has no such model"),
+        ({"backbone": "tf_efficientnet_lite0", "levels": (1, 9)}, r"levels is \(1, 9\); backbone .* has 5 levels"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build(name, **features, **fields).check()
+    if features:
+        build(name, weights=str(tmp_path / "gone.safetensors")).check()

@@ -1,11 +1,15 @@
 """Densities against scipy and scikit-learn, and their differentiable twin."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import multivariate_normal
 
+from raydiff.core import density
 from raydiff.core.density import differentiable_negative_log_density, fit_density, negative_log_density
+from raydiff.errors import ConfigError
 
 KINDS = ["mahalanobis", "gaussian_mixture", "kde"]
 
@@ -39,3 +43,28 @@ def test_the_differentiable_twin(kind):
     result = differentiable_negative_log_density(state, x)
     np.testing.assert_allclose(result.detach().numpy(), negative_log_density(state, new), rtol=1e-9, atol=1e-9)
     assert torch.autograd.gradcheck(lambda v: differentiable_negative_log_density(state, v), (x,))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_evaluated_a_few_at_a_time(kind, monkeypatch):
+    """Bit for bit the same, and the memory is that of a few; no rows give no numbers."""
+    state, new = fit_density(kind, vectors(400)), vectors(403, seed=1) * 3
+    whole = negative_log_density(state, new)
+    for numbers in (1, 2000, 12345):
+        monkeypatch.setattr(density, "_AT_ONCE", numbers)
+        assert np.array_equal(negative_log_density(state, new), whole)
+    tracemalloc.start()
+    negative_log_density(state, new)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 400 * 403 * 3 * 8 / 4
+    assert negative_log_density(state, new[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_statistics_that_are_all_the_same_have_no_density(kind):
+    message = rf"scoring.density is {kind} and all 30 calibration images have the same statistics; set it to none"
+    with pytest.raises(ConfigError, match=message):
+        fit_density(kind, np.ones((30, 2)))
+    one_constant = vectors(40) * [1, 1, 0]
+    assert np.isfinite(negative_log_density(fit_density(kind, one_constant), one_constant)).all()
