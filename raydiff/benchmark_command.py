@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from typing import TYPE_CHECKING
 
 from raydiff.benchmark import RESULTS, ROBUSTNESS, Benchmark, finished_cells, is_trained
 from raydiff.plan import Plan
-from raydiff.results import Evaluation, Result, load_evaluations, read_robustness
+from raydiff.results import Evaluation, load_evaluations, read_robustness
 from raydiff.tasks import Progress
 from raydiff.tracking import clock
+
+if TYPE_CHECKING:
+    from raydiff.report.benchmark_data import Score
 
 __all__ = ["failures", "listing", "progress_line", "table", "write_report"]
 
@@ -55,18 +58,23 @@ def failures(benchmark: Benchmark) -> list[str]:
 
 
 def table(plan: Plan, evaluations: Sequence[Evaluation]) -> str:
-    """Methods by data sets: the leading metrics, mean over categories, ± the sd over seeds of that mean."""
-    rows = [evaluation.rows[0] for evaluation in evaluations]
+    """Methods by data sets: the leading metrics, mean over categories, ± the sd over seeds of that mean.
+
+    The figures are the report's. A mean over less than was planned says over how many cells.
+    """
+    from raydiff.report.benchmark_data import Benchmark as Arranged
+
+    found = Arranged(evaluations, _classics(plan, evaluations), _planned(plan))
     names = list(dict.fromkeys(cell.dataset for cell in plan.cells))
     columns = [(name, metric) for name in names for metric in plan.suite.leading_metrics(name)]
     head = ["method", *(f"{name}: {metric}" for name, metric in columns)]
     body = [
-        [method, *(_figure([r for r in rows if (r.detector, r.dataset) == (method, name)], m) for name, m in columns)]
+        [method, *(_figure(found.score(name, method, metric)) for name, metric in columns)]
         for method in plan.suite.methods
     ]
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
     lines = ["  ".join(item.ljust(width) for item, width in zip(line, widths, strict=True)) for line in [head, *body]]
-    done = f"{len(rows)} of {len(plan.cells)} cells; mean over categories, ± sd over seeds"
+    done = f"{len(evaluations)} of {len(plan.cells)} cells; mean over categories, ± sd over seeds"
     return "\n".join(["", f"{plan.suite.title}: {done}", *(line.rstrip() for line in lines), ""])
 
 
@@ -81,25 +89,30 @@ def write_report(plan: Plan, out: Path) -> tuple[list[Evaluation], Path] | None:
     if not evaluations:
         return None
     found = read_robustness(out / ROBUSTNESS) if (out / ROBUSTNESS).exists() else []
-    present = {evaluation.rows[0].detector for evaluation in evaluations}
     metrics = [metric for name in plan.suite.datasets for metric in plan.suite.leading_metrics(name)]
     path = write_benchmark_report(
         evaluations, [row for row in found if row.cell in cells], out / "report.html", title=plan.suite.title,
-        classics=[name for name in plan.suite.classic_methods() if name in present] or None,
-        lead_metrics=tuple(dict.fromkeys(metrics)),
+        classics=_classics(plan, evaluations), lead_metrics=tuple(dict.fromkeys(metrics)), planned=_planned(plan),
     )  # fmt: skip
     return evaluations, path
 
 
-def _figure(rows: Sequence[Result], metric: str) -> str:
-    per_seed: dict[int, list[float]] = {}
-    for row in rows:
-        if metric in row.metrics:
-            per_seed.setdefault(row.seed, []).append(row.metrics[metric].value)
-    means = [fmean(values) for values in per_seed.values()]
-    if not means:
+def _planned(plan: Plan) -> set[tuple[str, str, str, int]]:
+    """The whole suite's cells, also where the plan is a part of it."""
+    return {(cell.method, cell.dataset, cell.category, cell.seed) for cell in plan.whole}
+
+
+def _classics(plan: Plan, evaluations: Sequence[Evaluation]) -> list[str]:
+    """The suite's classic methods that were measured; perhaps none."""
+    present = {evaluation.rows[0].detector for evaluation in evaluations}
+    return [name for name in plan.suite.classic_methods() if name in present]
+
+
+def _figure(score: Score | None) -> str:
+    if score is None:
         return "-"
-    return f"{fmean(means):.3f}" + (f" ± {stdev(means):.3f}" if len(means) > 1 else "")
+    spread = "" if score.spread is None else f" ± {score.spread:.3f}"
+    return f"{score.mean:.3f}{spread}" + (f" ({score.missing})" if score.missing else "")
 
 
 def _mark(done: bool) -> str:

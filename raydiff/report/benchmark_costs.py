@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import numpy as np
@@ -47,8 +47,9 @@ def cost_table(benchmark: Benchmark, dataset: str) -> Table:
     where = f" On {hardware[0]}." if len(hardware) == 1 else ""
     return Table(
         f"{slug(dataset)}-cost", "Cost", "Method", [heading for heading, _ in shown], rows_,
-        "Means over categories and seeds. Times run from decoded pixels to verdict, feature network included; peak"
-        f" memory is that of the process while it scored, of the GPU on a GPU.{where}",
+        "Means over categories and seeds. Times run from decoded pixels to verdict, feature network included; other"
+        " tasks may have run on the machine at the same time, so they are what this run took, not the least they can"
+        f" be. Peak memory is that of the process while it scored, of the GPU on a GPU.{where}",
         scope=dataset,
     )  # fmt: skip
 
@@ -174,10 +175,19 @@ def robustness(benchmark: Benchmark, rows: Sequence[RobustnessRow]) -> list[Robu
         lines = {}
         for method in sorted(curves, key=lambda name: (order.get(name, len(order)), natural(name))):
             by_strength = curves[method] | {0.0: clean.get((dataset, method), [])}
-            points = [(at, summarise([row.auroc for row in by_strength[at]])) for at in sorted(by_strength)]
+            points = [(at, _over_cells(benchmark, dataset, method, by_strength[at])) for at in sorted(by_strength)]
             lines[method] = [(at, cell) for at, cell in points if cell.value is not None]
         panels.append(Robustness(dataset, "attack" if is_attack else "corruption", perturbation, lines))
     return panels
+
+
+def _over_cells(benchmark: Benchmark, dataset: str, method: str, rows: Sequence[RobustnessRow]) -> Cell:
+    """Marked where the plan has more cells than these."""
+    cell, expected = summarise([row.auroc for row in rows]), benchmark.num_expected(dataset, method)
+    if benchmark.planned is None or cell.value is None or len(rows) >= expected:
+        return cell
+    missing = f"{len(rows)} of {expected} cells"
+    return replace(cell, detail=missing, missing=missing)
 
 
 def _strength(row: RobustnessRow) -> float:

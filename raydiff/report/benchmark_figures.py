@@ -89,6 +89,7 @@ def points_of(benchmark: Benchmark, dataset: str, cost: str) -> list[Point]:
     """Every method with a network: ``cost`` is ``num_evaluations`` or ``ms_per_image``.
 
     A checkpoint is told by the config without what scoring, calibration and execution add, on the methods' first cell.
+    A method that lacks cells says so beside its name.
     """
     found, checkpoints = [], dict[str, int]()
     for method in benchmark.methods_of(dataset):
@@ -101,7 +102,8 @@ def points_of(benchmark: Benchmark, dataset: str, cost: str) -> list[Point]:
         if score.spread is None and ends is not None:
             below, above = max(0.0, score.mean - ends[0]), max(0.0, ends[1] - score.mean)
         value = fmean(float(getattr(row, cost)) for row in rows)
-        found.append(Point(method, number, value, score.mean, below, above))
+        name = f"{method} ({score.missing})" if score.missing else method
+        found.append(Point(name, number, value, score.mean, below, above))
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from raydiff.report import benchmark_costs as costs
 from raydiff.report import benchmark_figures as figures
 from raydiff.report import benchmark_tables as tables
 from raydiff.report import benchmark_words, words
-from raydiff.report.benchmark_data import Benchmark
+from raydiff.report.benchmark_data import Benchmark, Planned
+from raydiff.report.benchmark_direction import direction_tables
 from raydiff.report.benchmark_ranks import Ranking, rank, ranking_table
 from raydiff.report.export import Table, write_atomically, write_tables
 from raydiff.report.figures import Style, styles
@@ -36,6 +37,7 @@ def write_benchmark_report(
     title: str,
     classics: Sequence[str] | None = None,
     lead_metrics: Sequence[str] = ("auroc", "pixel_auroc", "aupro"),
+    planned: Collection[Planned] | None = None,
 ) -> Path:
     """Write one HTML file with everything in it, and ``tables/*.csv`` and ``tables/*.tex`` beside it; returns its path.
 
@@ -47,8 +49,10 @@ def write_benchmark_report(
         path: the HTML file.
         title: its heading.
         classics: the methods the others are held against; by default those named after
-            :data:`raydiff.results.CLASSICS`.
+            :data:`raydiff.results.CLASSICS`; with an empty list there are no differences.
         lead_metrics: metrics that get an overview over data sets, where any method has them.
+        planned: (method, data set, category, seed) of every cell there should be. The page then says what is missing,
+            and no mean over less is the best. By default each method should have each of its seeds on each category.
 
     Raises:
         ConfigError: there is no evaluation, or none of a method named in ``classics``.
@@ -56,7 +60,7 @@ def write_benchmark_report(
     """
     if not evaluations:
         raise ConfigError("a report needs at least one evaluation; run raydiff benchmark first")
-    benchmark = Benchmark(evaluations, classics)
+    benchmark = Benchmark(evaluations, classics, planned)
     if unknown := [name for name in classics or () if name not in benchmark.methods]:
         raise ConfigError(f"classics names {unknown[0]!r}; the results hold {', '.join(benchmark.methods)}")
     page = _Page(benchmark, robustness_rows, lead_metrics)
@@ -93,7 +97,7 @@ class _Page:
             ranking=self._ranking(),
             growth=self._growth(),
             robustness=self._robustness(),
-            direction=self._kept(tables.direction_tables(benchmark)),
+            direction=self._kept(direction_tables(benchmark)),
             galleries=[shown for dataset in benchmark.datasets if (shown := self._gallery(dataset)) is not None],
             machines=self._machines(),
             provenance=self._provenance(),
@@ -175,7 +179,8 @@ class _Page:
 
     def _gallery(self, dataset: str) -> dict[str, Any] | None:
         """That of the best method with a network: its first category and seed with pictures."""
-        scores = [(s.mean, m) for m in self.benchmark.diffusion if (s := self.benchmark.score(dataset, m)) is not None]
+        found = [(self.benchmark.score(dataset, method), method) for method in self.benchmark.diffusion]
+        scores = [((not score.missing, score.mean), method) for score, method in found if score is not None]
         if not scores:
             return None
         method = max(scores, key=lambda item: item[0])[1]

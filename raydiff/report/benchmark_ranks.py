@@ -23,7 +23,7 @@ class Ranking:
     """``methods`` from the best average rank to the worst; ``groups`` are those that cannot be told apart.
 
     ``missing`` ran on some blocks only and are left out. ``by_dataset`` holds ranks of the means over categories, None
-    for a single data set.
+    for a single data set. There should be ``num_expected`` blocks; ``uneven`` methods lack seeds on some.
     """
 
     methods: list[str]
@@ -35,6 +35,8 @@ class Ranking:
     num_blocks: int
     num_datasets: int
     missing: list[str]
+    num_expected: int = 0
+    uneven: Sequence[str] = ()
 
     @property
     def sentences(self) -> list[str]:
@@ -56,6 +58,12 @@ class Ranking:
                 f"Warning: the blocks are categories of {self.num_datasets} {noun}. Categories of one data set are not"
                 f" independent, so the p-value is too small and the critical difference too short."
             )
+        if n < self.num_expected:
+            said.append(
+                f"Only {n} of {self.num_expected} planned blocks are measured, so these are not yet the suite's ranks."
+            )
+        if self.uneven:
+            said.append(f"Some seeds are still missing of {', '.join(self.uneven)}.")
         if self.missing:
             said.append(f"Left out, for they did not run on every block: {', '.join(self.missing)}.")
         return said
@@ -63,7 +71,7 @@ class Ranking:
 
 def rank(benchmark: Benchmark) -> Ranking | str:
     """The ranking over (data set, category) blocks of the methods that ran on all; a sentence where there is none."""
-    blocks = [(dataset, category) for dataset in benchmark.datasets for category in benchmark.categories(dataset)]
+    blocks = [(d, category) for d in benchmark.datasets for category in benchmark.measured_categories(d)]
     methods = [
         m for m in benchmark.methods if all(category in benchmark.of(dataset, m) for dataset, category in blocks)
     ]
@@ -84,7 +92,8 @@ def rank(benchmark: Benchmark) -> Ranking | str:
         None if several is None else [float(several[i]) for i in order],
         [tuple(methods[i] for i in group) for group in cliques(ranks, critical)],
         friedman(values), critical, len(blocks), len(benchmark.datasets),
-        [method for method in benchmark.methods if method not in methods],
+        [method for method in benchmark.methods if method not in methods], benchmark.num_blocks,
+        [m for m in methods if any(len(benchmark.of(d, m)[c]) < benchmark.num_expected(d, m, c) for d, c in blocks)],
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The tables of accuracy: overview; per data set the metrics, categories, kinds of anomaly, differences; direction."""
+"""The tables of accuracy: overview; per data set the metrics, categories, kinds of anomaly, differences."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = [
     "categories_table",
     "defects_table",
     "differences_table",
-    "direction_tables",
+    "interval_cell",
     "method_row",
     "metrics_table",
     "overview_tables",
@@ -42,53 +42,64 @@ def method_row(benchmark: Benchmark, method: str, cells: Sequence[Cell], note: s
 
 
 def overview_tables(benchmark: Benchmark, metrics: Sequence[str]) -> list[Table]:
-    """Methods by data sets, one table per leading metric that anything has."""
-    return [table for metric in metrics if (table := _overview(benchmark, metric)) is not None]
+    """Methods by data sets, one table per leading metric that anything has; the first holds the costs too."""
+    found: list[Table] = []
+    for metric in metrics:
+        if (table := _overview(benchmark, metric, with_costs=not found)) is not None:
+            found.append(table)
+    return found
 
 
-def _overview(benchmark: Benchmark, metric: str) -> Table | None:
+def _overview(benchmark: Benchmark, metric: str, *, with_costs: bool) -> Table | None:
     name, better = METRICS.get(metric, (metric, 1))
-    name = f"pixel {name}" if metric.startswith("pixel_") else name
-    columns = []
+    name = f"Pixel {name}" if metric.startswith("pixel_") else name
+    columns: list[tuple[Heading, list[Cell]]] = []
     for dataset in benchmark.datasets:
         scores = [benchmark.score(dataset, method, metric) for method in benchmark.methods]
         if any(score is not None for score in scores):
-            columns.append((Heading(dataset, "", better), _complete(benchmark, dataset, scores, better)))
+            columns.append((Heading(dataset, "", better), _score_cells(scores, better)))
     if not columns:
         return None
-    columns.append((Heading("NFE", "Cost per image"), [_over_datasets(benchmark, m, _nfe) for m in benchmark.methods]))
-    columns.append((Heading("ms", "Cost per image"), [_over_datasets(benchmark, m, _ms) for m in benchmark.methods]))
-    rows = [
-        method_row(benchmark, method, [cells[i] for _, cells in columns]) for i, method in enumerate(benchmark.methods)
-    ]
-    return Table(
-        f"overview-{slug(metric)}", f"{name}, mean over categories", "Method", [heading for heading, _ in columns],
-        [row for row in rows if any(cell.value is not None for cell in row.cells[:-2])],
-        "Mean over the categories of each data set, of the mean over seeds; small figures: ± one standard deviation"
-        " over seeds of the mean over categories, and how many categories where some are missing (such a mean is never"
-        " bold, for it is of other tasks). Best of each column in bold. NFE: network evaluations per image; ms: per"
-        " image, in batches; a range over data sets where they differ.",
-    )  # fmt: skip
-
-
-def _complete(benchmark: Benchmark, dataset: str, scores: Sequence[Score | None], better: int) -> list[Cell]:
-    """Cells of a column; a mean over fewer categories says so and cannot be the best."""
-    expected = len(benchmark.categories(dataset))
-    whole = [None if s is None or s.num_categories < expected else s for s in scores]
-    marked = mark_best([_score_cell(score) for score in whole], better)
-    return [
-        cell if score is None or score.num_categories == expected
-        else replace(_score_cell(score), detail=f"{score.num_categories} of {expected} cat.")
-        for cell, score in zip(marked, scores, strict=True)
+    shown = [i for i in range(len(benchmark.methods)) if any(cells[i].value is not None for _, cells in columns)]
+    if with_costs:
+        for noun, read in (("NFE", _nfe), ("ms", _ms)):
+            cells = [_over_datasets(benchmark, method, read) for method in benchmark.methods]
+            columns.append((Heading(noun, "Cost per image"), cells))
+    rows = [method_row(benchmark, benchmark.methods[i], [cells[i] for _, cells in columns]) for i in shown]
+    several = any(len(benchmark.categories(dataset)) > 1 for dataset in benchmark.datasets)
+    title = f"{name}, mean over categories" if several else name
+    mean = "Mean over the categories of each data set, of the mean over seeds" if several else "Mean over seeds"
+    without = len(benchmark.methods) - len(shown)
+    caption = [
+        f"{mean}. {_SMALL} Best of each column in bold.",
+        *(["NFE: network evaluations per image; ms: per image, in batches; a range over data sets where they differ."]
+          if with_costs else []),
+        *([f"Without a row: {without} method{'s' * (without > 1)} that draw no maps, or were tested without masks."]
+          if without and metric in PIXEL_METRICS else []),
     ]  # fmt: skip
+    headings = [heading for heading, _ in columns]
+    return Table(f"overview-{slug(metric)}", title, "Method", headings, rows, " ".join(caption))
 
 
-def _score_cell(score: Score | None) -> Cell:
+_SMALL = (
+    "Small figures: ± one standard deviation over seeds, with the number of seeds where methods differ in it; or how"
+    " many cells (a category with a seed) are measured where some are missing: such a mean is never bold."
+)
+
+
+def _score_cells(scores: Sequence[Score | None], better: int) -> list[Cell]:
+    """Cells of a column; a mean over less than there should be says so and cannot be the best."""
+    most = max((score.num_seeds for score in scores if score is not None), default=1)
+    return mark_best([_score_cell(score, most) for score in scores], better)
+
+
+def _score_cell(score: Score | None, most_seeds: int) -> Cell:
     if score is None:
         return Cell()
-    if score.spread is None:
-        return Cell(f"{score.mean:.3f}", "", score.mean)
-    return Cell(f"{score.mean:.3f}", f"± {score.spread:.3f}", score.mean, spread=score.spread)
+    seeds = "" if score.num_seeds == most_seeds else f"{score.num_seeds} seed{'s' * (score.num_seeds > 1)}"
+    spread = "" if score.spread is None else f"± {score.spread:.3f}"
+    detail = score.missing or ", ".join(part for part in (spread, seeds) if part)
+    return Cell(f"{score.mean:.3f}", detail, score.mean, spread=score.spread, missing=score.missing)
 
 
 def _nfe(row: Result) -> float | None:
@@ -139,9 +150,9 @@ def metrics_table(benchmark: Benchmark, dataset: str) -> Table:
         if any(score is not None for score in scores):
             name, better = METRICS[metric]
             heading = Heading(name, "Pixels" if metric in PIXEL_METRICS else "Ranking of images", better)
-            columns.append((heading, _complete(benchmark, dataset, scores, better)))
+            columns.append((heading, _score_cells(scores, better)))
             if metric == "auroc":
-                ends = [_interval_cell(benchmark.interval(dataset, method)) for method in methods]
+                ends = [interval_cell(benchmark.interval(dataset, method)) for method in methods]
                 columns.append((Heading("95\u00a0% interval over images", "Ranking of images"), ends))
     for name, field in (("FPR", "realised_fpr"), ("TPR", "realised_tpr")):
         columns.append((Heading(name, "At the threshold"), [_rate(benchmark, dataset, m, field) for m in methods]))
@@ -153,10 +164,10 @@ def metrics_table(benchmark: Benchmark, dataset: str) -> Table:
     return Table(
         f"{slug(dataset)}-metrics", "Methods and metrics", "Method", [heading for heading, _ in columns],
         rows,
-        f"{counted(benchmark, dataset)}; with several, means. Small figures: ± one standard deviation over seeds. The"
-        f" interval is a stratified bootstrap over test images and does not hold the spread over seeds. Thresholds aim"
-        f" at a false-positive rate of {100 * target:.3g}\u00a0%. ms: per image in batches, from decoded pixels to"
-        f" verdict. Best of each column in bold.",
+        f"{counted(benchmark, dataset)}; with several, means. {_SMALL} The interval is a stratified bootstrap over test"
+        f" images and does not hold the spread over seeds. Thresholds aim at a false-positive rate of"
+        f" {100 * target:.3g}\u00a0%. ms: per image in batches, from decoded pixels to verdict. Best of each column in"
+        f" bold.{fitted_on(benchmark, dataset)}",
         scope=dataset,
     )  # fmt: skip
 
@@ -172,7 +183,29 @@ def counted(benchmark: Benchmark, dataset: str) -> str:
     return " and ".join(said)
 
 
-def _interval_cell(ends: tuple[float, float] | None) -> Cell:
+def fitted_on(benchmark: Benchmark, dataset: str) -> str:
+    """Who was fitted on how many images, where methods differ in that; empty where they do not, or it is not known."""
+    by_number: dict[tuple[tuple[str, int], ...], list[str]] = {}
+    for method in benchmark.methods_of(dataset):
+        known = {
+            (row.category, n)
+            for row in benchmark.rows(dataset, method)
+            if (n := getattr(row, "num_train_images", None)) is not None
+        }
+        if known:
+            by_number.setdefault(tuple(sorted(known)), []).append(method)
+    categories = [dict(numbers) for numbers in by_number]
+    if not any(a[c] != b[c] for a in categories for b in categories for c in a.keys() & b.keys()):
+        return ""
+    said = []
+    for numbers, methods in by_number.items():
+        low, high = min(n for _, n in numbers), max(n for _, n in numbers)
+        said.append(f"{low}{f' to {high}' if high > low else ''} ({', '.join(methods)})")
+    return f" Methods were fitted on different numbers of training images: {'; '.join(said)}."
+
+
+def interval_cell(ends: tuple[float, float] | None) -> Cell:
+    """Both ends, or nothing."""
     if ends is None:
         return Cell()
     return Cell(f"{ends[0]:.3f}–{ends[1]:.3f}", low=ends[0], high=ends[1])
@@ -193,12 +226,17 @@ def categories_table(benchmark: Benchmark, dataset: str) -> Table | None:
         cells = [_category_cell(benchmark, dataset, method, category) for method in methods]
         rows.append(Row(category or "(whole)", mark_best(cells, 1), note=_images_of(benchmark, dataset, category)))
     means = [benchmark.score(dataset, method) for method in methods]
-    rows.append(Row("mean", _complete(benchmark, dataset, means, 1), main=True))
+    rows.append(Row("mean", _score_cells(means, 1), main=True))
     return Table(
         f"{slug(dataset)}-categories", "AUROC of every category", "Category", _headings(benchmark, methods),
-        rows, "Small figures: ± one standard deviation over seeds, or the 95\u00a0% interval over test images where"
-        " there is one seed. Best of each row in bold.", scope=dataset,
+        rows, f"{_SMALL_OF_ONE} Best of each row in bold.", scope=dataset,
     )  # fmt: skip
+
+
+_SMALL_OF_ONE = (
+    "Small figures: ± one standard deviation over seeds, or the 95\u00a0% interval over test images where there is one"
+    " seed; or how many seeds or cells are measured where some are missing, and then never bold."
+)
 
 
 def _headings(benchmark: Benchmark, methods: Sequence[str]) -> list[Heading]:
@@ -206,14 +244,23 @@ def _headings(benchmark: Benchmark, methods: Sequence[str]) -> list[Heading]:
 
 
 def _category_cell(benchmark: Benchmark, dataset: str, method: str, category: str) -> Cell:
-    seeds = benchmark.of(dataset, method).get(category)
-    return Cell() if not seeds else summarise([e.rows[0].metrics["auroc"] for e in seeds.values()])
+    seeds = benchmark.of(dataset, method).get(category, {})
+    found = [evaluation.rows[0].metrics["auroc"] for evaluation in seeds.values()]
+    return _over_seeds(found, benchmark.num_expected(dataset, method, category))
+
+
+def _over_seeds(estimates: Sequence[Estimate], num_expected: int) -> Cell:
+    cell = summarise(estimates)
+    if cell.value is None or len(estimates) >= num_expected:
+        return cell
+    missing = f"{len(estimates)} of {num_expected} seeds"
+    return replace(cell, detail=missing, missing=missing)
 
 
 def _images_of(benchmark: Benchmark, dataset: str, category: str) -> str:
     rows = [r for m in benchmark.methods_of(dataset) for r in benchmark.rows(dataset, m) if r.category == category]
     counts = sorted({(row.num_normal, row.num_anomalous) for row in rows})
-    return " or ".join(f"{normal} normal, {anomalous} anomalous" for normal, anomalous in counts)
+    return " or ".join(f"{normal} normal, {anomalous} anomalous" for normal, anomalous in counts) or "not measured yet"
 
 
 def defects_table(benchmark: Benchmark, dataset: str) -> Table | None:
@@ -228,7 +275,10 @@ def defects_table(benchmark: Benchmark, dataset: str) -> Table | None:
     rows = []
     for key in sorted(found, key=lambda k: [natural(part) for part in k]):
         of, (category, kind, subset) = found[key], key
-        cells = [summarise([row.metrics["auroc"] for row in of.get(method, [])]) for method in methods]
+        cells = [
+            _over_seeds([row.metrics["auroc"] for row in of.get(m, [])], benchmark.num_expected(dataset, m, category))
+            for m in methods
+        ]
         example = next(iter(of.values()))[0]
         name = f"{category}: {kind} {subset}" if several and category else f"{kind} {subset}"
         rows.append(Row(name, mark_best(cells, 1), f"{example.num_anomalous} anomalous, {example.num_normal} normal"))
@@ -236,8 +286,7 @@ def defects_table(benchmark: Benchmark, dataset: str) -> Table | None:
         return None
     return Table(
         f"{slug(dataset)}-kinds", "AUROC of every kind of anomaly", "Kind", _headings(benchmark, methods),
-        rows, "Each kind against the normal test images of its category. Small figures: ± one standard deviation over"
-        " seeds, or the 95\u00a0% interval over test images where there is one seed. Best of each row in bold.",
+        rows, f"Each kind against the normal test images of its category. {_SMALL_OF_ONE} Best of each row in bold.",
         scope=dataset,
     )  # fmt: skip
 
@@ -270,8 +319,10 @@ def differences_table(benchmark: Benchmark, dataset: str, found: Sequence[Verdic
     for v in sorted(found, key=lambda v: -v.against.difference.estimate.value):
         difference = v.against.difference
         cells = [
-            replace(signed(difference.estimate), best=v.outcome != 0), _p_cell(difference.p_value), _p_cell(v.adjusted),
-            Cell(str(difference.num_cells), "", difference.num_cells), Cell(said[v.outcome]),
+            replace(signed(difference.estimate), best=v.outcome != 0 and v.against.is_complete),
+            _p_cell(difference.p_value), _p_cell(v.adjusted),
+            Cell(v.against.cells, "", difference.num_cells, missing="" if v.against.is_complete else v.against.cells),
+            Cell(said[v.outcome]),
         ]  # fmt: skip
         rows.append(method_row(benchmark, v.against.method, cells, note=f"minus {' or '.join(v.against.references)}"))
     headings = [Heading(name) for name in ("AUROC", "p", "p, Holm", "cells", "verdict")]
@@ -281,92 +332,11 @@ def differences_table(benchmark: Benchmark, dataset: str, found: Sequence[Verdic
         " interval that resamples categories, seeds and images (small figures). p is two-sided, from the same draws;"
         f" Holm's correction is over the {len(rows)} comparison{'s' * (len(rows) > 1)} of this data set; the verdict is"
         " at 0.05 after it. In every category and seed the classic method with the highest test AUROC is taken, which"
-        " favours it. A level with few members (two or three seeds, few categories) understates its spread.",
+        " favours it. A level with few members (two or three seeds, few categories) understates its spread. Bold: told"
+        " apart, on every cell there should be.",
         scope=dataset,
     )  # fmt: skip
 
 
 def _p_cell(p: float) -> Cell:
     return Cell("< 0.001" if p < 0.001 else f"{p:.3f}", "", p)
-
-
-def direction_tables(benchmark: Benchmark) -> list[Table]:
-    """Methods by data sets with AUROC below one half flagged, and each such category or kind of anomaly."""
-    low = _reversed_cells(benchmark)
-    rows = []
-    for method in benchmark.methods:
-        cells = [_direction_cell(benchmark, dataset, method) for dataset in benchmark.datasets]
-        rows.append(method_row(benchmark, method, cells))
-    tables = [Table(
-        "direction", "Direction of the score", "Method", [Heading(dataset) for dataset in benchmark.datasets], rows,
-        "Mean AUROC, with its 95\u00a0% interval over test images, and in how many categories it lies below one half."
-        " ▼: below one half with the whole interval, so the score runs backwards there; ▽: below, but the interval"
-        " holds one half.",
-    )]  # fmt: skip
-    if low:
-        headings = [Heading("AUROC"), Heading("95\u00a0% interval"), Heading("direction")]
-        tables.append(Table(
-            "direction-cells", "Every category and kind of anomaly with an AUROC below one half", "Method",
-            headings, low, "Means over seeds; intervals are over test images, that of a kind of anomaly is the mean of"
-            " its seeds' intervals.",
-        ))  # fmt: skip
-    return tables
-
-
-def _direction_cell(benchmark: Benchmark, dataset: str, method: str) -> Cell:
-    score = benchmark.score(dataset, method)
-    if score is None:
-        return Cell()
-    ends = benchmark.interval(dataset, method)
-    flag = _flag(score.mean, ends)
-    by_category = [benchmark.score(dataset, method, category=c) for c in benchmark.of(dataset, method)]
-    below = sum(s is not None and s.mean < 0.5 for s in by_category)
-    parts = [] if ends is None else [f"{ends[0]:.3f}–{ends[1]:.3f}"]
-    parts += [f"{below} of {len(by_category)} below"] if below and len(by_category) > 1 else []
-    low, high = ends or (None, None)
-    text = f"{flag} {score.mean:.3f}" if flag else f"{score.mean:.3f}"
-    return Cell(text, "; ".join(parts), score.mean, best=bool(flag), low=low, high=high)
-
-
-def _flag(value: float, ends: tuple[float, float] | None) -> str:
-    if value >= 0.5:
-        return ""
-    return "▼" if ends is not None and ends[1] < 0.5 else "▽"
-
-
-def _reversed_cells(benchmark: Benchmark) -> list[Row]:
-    rows = []
-    for dataset in benchmark.datasets:
-        for method in benchmark.methods_of(dataset):
-            for category, seeds in benchmark.of(dataset, method).items():
-                name = f"{dataset}: {category}" if category else dataset
-                score = benchmark.score(dataset, method, category=category)
-                if score is not None and score.mean < 0.5:
-                    ends = benchmark.interval(dataset, method, category)
-                    rows.append((score.mean, _low_row(benchmark, method, name, score.mean, ends)))
-                subsets: dict[tuple[str, str], list[Estimate]] = {}
-                for row in (row for evaluation in seeds.values() for row in evaluation.rows[1:]):
-                    subsets.setdefault((row.subset_kind, row.subset), []).append(row.metrics["auroc"])
-                for (kind, subset), estimates in subsets.items():
-                    mean = fmean(estimate.value for estimate in estimates)
-                    if mean < 0.5:
-                        ends = _mean_ends(estimates)
-                        rows.append((mean, _low_row(benchmark, method, f"{name}, {kind} {subset}", mean, ends)))
-    return [row for _, row in sorted(rows, key=lambda item: item[0])]
-
-
-def _mean_ends(estimates: Sequence[Estimate]) -> tuple[float, float] | None:
-    """The mean of the intervals of several seeds on the same images; None where one is missing."""
-    ends = [(e.low, e.high) for e in estimates if e.low is not None and e.high is not None]
-    if len(ends) < len(estimates):
-        return None
-    return fmean(low for low, _ in ends), fmean(high for _, high in ends)
-
-
-def _low_row(
-    benchmark: Benchmark, method: str, where: str, mean: float, ends: tuple[float, float] | None
-) -> Row:  # fmt: skip
-    unsure = "below, no interval" if ends is None else "not told apart from chance"
-    says = "reversed" if _flag(mean, ends) == "▼" else unsure
-    cells = [Cell(f"{mean:.3f}", "", mean), _interval_cell(ends), Cell(says)]
-    return method_row(benchmark, method, cells, note=where)

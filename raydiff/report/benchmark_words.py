@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 from raydiff.report import words
-from raydiff.report.benchmark_data import Benchmark
+from raydiff.report.benchmark_data import Benchmark, Planned
 from raydiff.report.benchmark_tables import Verdict
 
 __all__ = ["GLOSSARY", "lead", "listed", "pretrained_notes", "summary", "verdict"]
@@ -31,28 +32,66 @@ def listed(names: Sequence[str]) -> str:
 
 
 def lead(benchmark: Benchmark) -> str:
-    """What was run."""
+    """What was run, and what is missing of what was planned."""
     rows = [evaluation.rows[0] for evaluation in benchmark.evaluations]
     cells = {(row.dataset, row.category) for row in rows}
     seeds = sorted({row.seed for row in rows})
     counts = [
         words.count(len(benchmark.methods), "method"), words.count(len(benchmark.datasets), "data set"),
-        f"{len(cells)} {'category' if len(cells) == 1 else 'categories'}", words.count(len(seeds), "seed"),
+        *([f"{len(cells)} categories"] if len(cells) > len(benchmark.datasets) else []),
+        words.count(len(seeds), "seed"),
     ]  # fmt: skip
     networks = words.count(len(benchmark.diffusion), "method")
-    classics = listed(benchmark.classics) if benchmark.classics else "none"
-    return (
-        f"{listed(counts)}: {words.count(len(rows), 'measured cell')}. {networks} evaluate a network;"
-        f" the classic methods the others are held against: {classics}."
+    against = (
+        f"the classic methods the others are held against: {listed(benchmark.classics)}" if benchmark.classics
+        else "there is no classic method to hold them against, so no differences are given"
+    )  # fmt: skip
+    said = (
+        f"{listed(counts)}: {words.count(len(rows), 'measured cell')}. {networks} evaluate a network; {against}."
     ).replace("1 method evaluate a", "1 method evaluates a")
+    return " ".join([said, *progress(benchmark)])
+
+
+def progress(benchmark: Benchmark) -> list[str]:
+    """How much of the plan is measured; nothing where all is, or without a plan."""
+    if not benchmark.unmeasured or benchmark.planned is None:
+        return []
+    total, groups = len(benchmark.planned), _grouped(benchmark.planned, benchmark.unmeasured)
+    named = [f"{name} ({number})" for name, number in groups[:_MAX_NAMED]]
+    if rest := sum(number for _, number in groups[_MAX_NAMED:]):
+        named.append(f"{rest} more")
+    measured = total - len(benchmark.unmeasured)
+    return [
+        f"{measured} of {total} planned cells are measured; missing: {', '.join(named)}. Means over less than was"
+        " planned say so, and are never bold."
+    ]
+
+
+_MAX_NAMED = 8
+_WHOLE: tuple[Callable[[Planned], str], ...] = (
+    lambda cell: f"all of {cell[1]}", lambda cell: f"all of {cell[0]}", lambda cell: f"all of {cell[1]}: {cell[2]}",
+)  # fmt: skip
+
+
+def _grouped(planned: frozenset[Planned], missing: Sequence[Planned]) -> list[tuple[str, int]]:
+    """What is missing as whole data sets first, then methods, then categories, then what is left of each method."""
+    found: list[tuple[str, int]] = []
+    asked, left = list(planned), list(missing)
+    for names in _WHOLE:
+        expected, gone = Counter(map(names, asked)), Counter(map(names, left))
+        whole = {name for name, number in gone.items() if number == expected[name]}
+        found += [(name, gone[name]) for name in gone if name in whole]
+        asked, left = ([cell for cell in cells if names(cell) not in whole] for cells in (asked, left))
+    return [*found, *Counter(f"{cell[0]} on {cell[1]}" for cell in left).items()]
 
 
 def summary(benchmark: Benchmark, dataset: str, found: Sequence[Verdict]) -> str:
     """Who leads, and who wins, loses or cannot be told apart from the best classic method."""
-    expected = len(benchmark.categories(dataset))
     scores = [(m, benchmark.score(dataset, m)) for m in benchmark.methods_of(dataset)]
-    whole = [(s.mean, s, m) for m, s in scores if s is not None and s.num_categories == expected]
-    sentences = []
+    whole = [(s.mean, s, m) for m, s in scores if s is not None and not s.missing]
+    sentences = [] if whole else ["No method has all its cells yet."]
+    if whole and len(whole) < len(scores):
+        sentences.append(f"{len(whole)} of {words.count(len(scores), 'method')} have all their cells.")
     if whole:
         mean, score, best = max(whole, key=lambda item: item[0])
         spread = "" if score.spread is None else f", ± {score.spread:.3f} over {score.num_seeds} seeds"
@@ -83,9 +122,14 @@ def verdict(benchmark: Benchmark, found: Sequence[Verdict]) -> list[str]:
     for outcome, beginning in said.items():
         members = sorted((v for v in found if v.outcome == outcome), key=lambda v: -v.against.difference.estimate.value)
         if members:
-            names = [f"{v.against.method} ({v.against.difference.estimate.value:+.3f})" for v in members]
-            sentences.append(f"{beginning}: {listed(names)}.".replace("(-", "(−"))
+            sentences.append(f"{beginning}: {listed([_named(v) for v in members])}.".replace("(-", "(−"))
     return sentences
+
+
+def _named(verdict: Verdict) -> str:
+    against = verdict.against
+    cells = "" if against.is_complete else f", {against.cells} cells"
+    return f"{against.method} ({against.difference.estimate.value:+.3f}{cells})"
 
 
 def pretrained_notes(benchmark: Benchmark) -> list[str]:

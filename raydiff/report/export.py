@@ -79,7 +79,10 @@ def slug(text: str) -> str:
 
 
 def to_csv(table: Table) -> str:
-    """One line per row; a column of a mean is followed by its ``sd`` or ``low`` and ``high`` where there are any."""
+    """One line per row; beside a column of means its ``sd``, or ``low`` and ``high``, and how much is ``measured``.
+
+    Each of these only where some row has it.
+    """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     notes, marks = (any(getattr(row, field) for row in table.rows) for field in ("note", "mark"))
@@ -99,15 +102,15 @@ def to_csv(table: Table) -> str:
     return buffer.getvalue()
 
 
-_FIELDS = {"sd": "spread", "low": "low", "high": "high"}
+_FIELDS = {"sd": "spread", "low": "low", "high": "high", "measured": "missing"}
 
 
 def _extras(cells: Sequence[Cell]) -> list[str]:
-    return [name for name, field in _FIELDS.items() if any(getattr(cell, field) is not None for cell in cells)]
+    return [name for name, field in _FIELDS.items() if any(getattr(cell, field) not in (None, "") for cell in cells)]
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.6g}"
+def _number(value: float | str | None) -> str:
+    return "" if value is None else value if isinstance(value, str) else f"{value:.6g}"
 
 
 def _plain(text: str) -> str:
@@ -136,7 +139,7 @@ def to_latex(table: Table) -> str:
     names = [escape_latex(heading.name) + arrows[heading.better] for heading in table.headings]
     inner += [" & ".join([escape_latex(table.corner), *names]) + r" \\", r"\midrule"]
     for row in table.rows:
-        name = escape_latex(row.name) + (rf"\textsuperscript{{{escape_latex(row.mark)}}}" if row.mark else "")
+        name = _guarded(escape_latex(row.name)) + (rf"\textsuperscript{{{escape_latex(row.mark)}}}" if row.mark else "")
         note = rf" {{\scriptsize {escape_latex(row.note)}}}" if row.note else ""
         inner.append(" & ".join([name + note, *(_latex_cell(cell) for cell in row.cells)]) + r" \\")
     inner += [r"\bottomrule", r"\end{tabular}"]
@@ -148,6 +151,11 @@ def to_latex(table: Table) -> str:
         r"\centering", rf"\caption{{{caption}}}", rf"\label{{tab:{table.name}}}", *inner, r"\end{table}",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _guarded(text: str) -> str:
+    r"""With ``{}`` before what a ``\\`` or ``\midrule`` ahead of it would take for its option."""
+    return "{}" + text if text.startswith(("[", "*")) else text
 
 
 def _part_lines(table: Table) -> Iterator[str]:

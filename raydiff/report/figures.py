@@ -35,6 +35,7 @@ SETTINGS: Any = {
     "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "axes.unicode_minus": True,
     "legend.frameon": False, "legend.fontsize": 9, "figure.facecolor": "none", "axes.facecolor": "none",
+    "text.parse_math": False,  # a name may hold a dollar sign
 }  # fmt: skip
 
 Floats = NDArray[np.float64]

@@ -42,7 +42,7 @@ class Cell:
     """What a table cell says; ``detail`` is its interval or spread, ``value`` the number behind it.
 
     ``has_width`` is False for an interval whose ends read the same. ``spread``, ``low`` and ``high`` are the numbers
-    behind ``detail``.
+    behind ``detail``. ``missing`` says ``5 of 6 cells`` of a mean over less than there should be, which is never best.
     """
 
     text: str = "–"
@@ -53,6 +53,7 @@ class Cell:
     spread: float | None = None
     low: float | None = None
     high: float | None = None
+    missing: str = ""
 
 
 @dataclass(frozen=True)
@@ -289,8 +290,10 @@ def _find(evaluation: Evaluation, kind: str, name: str) -> Result | None:
 
 def mark_best(cells: Sequence[Cell], better: int) -> list[Cell]:
     """Bold the best and all that read the same; none where there is nothing to compare."""
-    known = [cell for cell in cells if cell.value is not None]
+    known = [cell for cell in cells if cell.value is not None and not cell.missing]
     if not better or len(known) < 2:
         return list(cells)
     best = max(known, key=lambda cell: better * (cell.value or 0.0))
-    return [replace(cell, best=cell.value is not None and cell.text == best.text) for cell in cells]
+    return [
+        replace(cell, best=cell.value is not None and not cell.missing and cell.text == best.text) for cell in cells
+    ]

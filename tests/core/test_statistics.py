@@ -49,14 +49,17 @@ def test_drawn_aurocs_are_those_of_the_drawn_images(seed, levels):
     rng = np.random.default_rng(seed)
     labels = np.arange(23) < 9
     scores = rng.integers(0, levels, 23).astype(float)
-    weights = statistics.image_weights(labels, 5, (seed, 1))
+    (weights,) = statistics.image_weights(labels, 5, (seed, 1))
+    assert weights.shape == (5, 23)
     assert (weights[:, labels].sum(1) == 9).all()
     assert (weights[:, ~labels].sum(1) == 14).all()
-    for row, drawn in zip(weights, statistics.auroc_draws(scores, labels, weights), strict=True):
+    drawn = statistics.auroc_draws([scores, -scores], labels, 5, (seed, 1))
+    for row, (ours, turned) in zip(weights, drawn.T, strict=True):
         again = np.repeat(np.arange(23), row.astype(int))
-        assert drawn == pytest.approx(roc_auc_score(labels[again], scores[again]))
-    with pytest.raises(ShapeError, match=r"\(D, n\)"):
-        statistics.auroc_draws(scores, labels, weights[:, 1:])
+        assert ours == pytest.approx(roc_auc_score(labels[again], scores[again]))
+        assert ours + turned == pytest.approx(1)
+    with pytest.raises(ShapeError):
+        statistics.auroc_draws([scores[1:]], labels, 5)
 
 
 def test_one_cell_has_the_interval_of_the_paired_bootstrap():
@@ -64,9 +67,9 @@ def test_one_cell_has_the_interval_of_the_paired_bootstrap():
     labels = np.arange(200) < 100
     theirs = rng.normal(size=200) + labels
     ours = theirs + 0.5 * rng.normal(size=200) + 0.4 * labels
-    weights = statistics.image_weights(labels, 4000)
-    assert np.array_equal(weights, statistics.image_weights(labels, 4000))
-    drawn = statistics.auroc_draws(ours, labels, weights) - statistics.auroc_draws(theirs, labels, weights)
+    a, b = statistics.auroc_draws([ours, theirs], labels, 4000)
+    assert np.array_equal(b, statistics.auroc_draws([theirs], labels, 4000)[0])
+    drawn = a - b
     point = roc_auc_score(labels, ours) - roc_auc_score(labels, theirs)
     found = statistics.hierarchical_difference([[point]], [[drawn]])
     expected = paired_differences(ours, theirs, labels)["auroc"]
@@ -75,9 +78,23 @@ def test_one_cell_has_the_interval_of_the_paired_bootstrap():
     assert found.num_cells == 1
 
 
-def test_too_many_images_for_the_draws_asked_for_give_fewer_draws(monkeypatch):
-    monkeypatch.setattr(statistics, "_MAX_WEIGHTS", 1000)
-    assert statistics.image_weights(np.arange(100) < 50, 50).shape == (10, 100)
+def test_draws_come_in_blocks_and_are_as_many_as_asked_for_however_many_images():
+    labels = np.arange(30_000) < 10_000
+    sizes = [weights.shape for weights in statistics.image_weights(labels, 120)]
+    assert sizes == [(50, 30_000), (50, 30_000), (20, 30_000)]
+    scores = np.random.default_rng(0).normal(size=30_000) + labels
+    drawn = statistics.auroc_draws([scores], labels, 120)
+    assert drawn.shape == (1, 120)
+    assert np.array_equal(drawn[:, :70], statistics.auroc_draws([scores], labels, 70))
+    assert statistics.auroc_draws([], labels, 120).shape == (0, 120)
+
+
+@pytest.mark.parametrize("number", [1, 5, 10, 25, 99])
+def test_there_are_enough_draws_for_holm_to_reject(number):
+    draws = statistics.num_draws_for(number)
+    assert 1000 <= draws <= 4000
+    smallest = statistics.bootstrap_p_value(np.ones(draws))
+    assert statistics.holm([smallest] * number)[0] < 0.05
 
 
 def test_the_hierarchy_adds_the_spread_of_each_level():

@@ -83,7 +83,7 @@ def test_a_mean_over_fewer_categories_says_so_and_is_never_the_best(evaluations,
     table = next(t for t in tables.overview_tables(benchmark, ["auroc"]))
     by_name = {row.name: row.cells[2] for row in table.rows}  # nuts@32, nuts@64, tiles
     assert by_name["knn"].value == max(c.value for c in by_name.values())
-    assert by_name["knn"].detail == "1 of 2 cat."
+    assert by_name["knn"].detail == by_name["knn"].missing == "1 of 2 cells"
     assert [name for name, c in by_name.items() if c.best] == ["unet/strong"]
     assert "The highest mean AUROC is that of unet/strong" in page.text
 
@@ -164,7 +164,7 @@ def test_points_of_one_checkpoint_share_a_colour(evaluations, cell):
     assert [(p.method, p.checkpoint, p.cost) for p in points] == [("unet/backwards", 0, 8.0), ("unet/strong", 0, 8.0)]
     other = cell("unet/other", "tiles", "a", config={"seed": 0, "denoiser": {"name": "dit"}, "scoring": {}})
     points = figures.points_of(Benchmark([*evaluations, other]), "tiles", "ms_per_image")
-    assert {p.method: p.checkpoint for p in points}["unet/other"] == 1
+    assert {p.method: p.checkpoint for p in points}["unet/other (1 of 2 cells)"] == 1
 
 
 def test_names_in_a_figure_do_not_cross():
