@@ -97,8 +97,7 @@ def _of_methods(plan: Plan, facts: dict[str, _Facts]) -> Iterator[RaydiffError]:
             continue
         try:
             if cell.baseline is not None:
-                baseline = registry.build("baselines", cell.baseline, seed=cell.seed)
-                getattr(baseline, "check", lambda: None)()
+                registry.build("baselines", cell.baseline, seed=cell.seed).check()
             else:
                 classes = facts[cell.shards].num_normal_classes
                 fresh = DiffusionDetector.create(cell.config, num_classes=classes)

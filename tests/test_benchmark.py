@@ -270,6 +270,7 @@ def test_robustness_runs_once_and_again_when_more_is_asked(parts: Path, tmp_path
 
 METHOD = TINY["methods"]["errors"]
 CONTRAST = {"methods": {"turns": {"training": "unet", "scoring": "contrast"}}}
+PATCHES = {"methods": {"patches": {"baseline": {"name": "patch_knn", "weights": "gone.pth"}}}}
 NO_MAPS = {"methods": {"near": {"baseline": "knn"}}}
 
 
@@ -285,6 +286,7 @@ NO_MAPS = {"methods": {"near": {"baseline": "knn"}}}
         ),
         ({"empty": "test/dark"}, DataError, r"datasets.parts \(torn\): .*0 anomalous"),
         (CONTRAST, ConfigError, "methods.turns on datasets.parts: .*condition"),
+        (PATCHES, ConfigError, r"methods.patches on datasets.parts: .*gone.pth: cannot be read"),
         ({"robustness": {"perturbations": ["blurr"]}}, ConfigError, "robustness.perturbations: .*did you mean 'blur'"),
         ({"robustness": {"perturbations": ["cut_paste"]}}, ConfigError, "cut_paste makes an image anomalous"),
         ({"robustness": {"severities": [6]}}, ConfigError, "robustness.severities holds 6"),
