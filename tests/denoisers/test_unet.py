@@ -77,7 +77,7 @@ def test_dropout_is_off_when_evaluating():
     [
         (
             {"size": (8, 7)},
-            r"data.image_size is \(8, 7\); with 2 levels \(denoiser.block_out_channels\) and denoiser.patch_size 1 both",
+            r"data.image_size is \(8, 7\); with 2 levels \(denoiser.block_out_channels\) and denoiser.patch_size 1",
         ),
         ({"size": (8, 6), "patch_size": 2}, "denoiser.patch_size 2 both sides must be multiples of 4"),
         ({"size": (10, 8), "block_out_channels": (8, 8, 8)}, "both sides must be multiples of 4"),
