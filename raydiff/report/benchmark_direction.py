@@ -25,7 +25,7 @@ def direction_tables(benchmark: Benchmark) -> list[Table]:
         "direction", "Direction of the score", "Method", [Heading(dataset) for dataset in benchmark.datasets], rows,
         "Mean AUROC, with its 95\u00a0% interval over test images, and in how many categories it lies below one half."
         " ▼: below one half with the whole interval, so the score runs backwards there; ▽: below, but the interval"
-        " holds one half.",
+        " holds one half. It is not turned round: which way it runs, only the test labels tell.",
     )]  # fmt: skip
     if low:
         headings = [Heading("AUROC"), Heading("95\u00a0% interval"), Heading("direction")]

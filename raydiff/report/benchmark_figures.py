@@ -102,7 +102,7 @@ def points_of(benchmark: Benchmark, dataset: str, cost: str) -> list[Point]:
         if score.spread is None and ends is not None:
             below, above = max(0.0, score.mean - ends[0]), max(0.0, ends[1] - score.mean)
         value = fmean(float(getattr(row, cost)) for row in rows)
-        name = f"{method} ({score.missing})" if score.missing else method
+        name = f"{method} ({score.num_cells} of {score.num_expected})" if score.missing else method
         found.append(Point(name, number, value, score.mean, below, above))
     return found
 
@@ -125,6 +125,7 @@ def scatter_figure(points: Sequence[Point], xlabel: str, name: str) -> str:
                           color=look.colour, markersize=7, elinewidth=0.8)  # fmt: skip
         _log_axis(axes, [point.cost for point in points])
         axes.margins(y=0.12)
+        axes.set_yticks([tick for tick in axes.get_yticks() if tick < 1 + 1e-9])  # names may stand above, AUROCs cannot
         axes.set(xlabel=xlabel, ylabel="AUROC")
         axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
         _name_points(figure, axes, points)

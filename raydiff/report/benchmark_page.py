@@ -62,7 +62,7 @@ def write_benchmark_report(
         raise ConfigError("a report needs at least one evaluation; run raydiff benchmark first")
     benchmark = Benchmark(evaluations, classics, planned)
     if unknown := [name for name in classics or () if name not in benchmark.methods]:
-        raise ConfigError(f"classics names {unknown[0]!r}; the results hold {', '.join(benchmark.methods)}")
+        raise ConfigError(f"classics names {unknown[0]!r}; the results hold {words.joined(benchmark.methods)}")
     page = _Page(benchmark, robustness_rows, lead_metrics)
     target = Path(path)
     html = page.html(title)
@@ -199,8 +199,8 @@ class _Page:
             found.setdefault(f"{row.hardware} ({row.device})", []).append(row)
         return [
             {"hardware": hardware, "runs": len(rows),
-             "datasets": ", ".join(dict.fromkeys(row.dataset for row in rows)),
-             "methods": ", ".join(dict.fromkeys(row.detector for row in rows))}
+             "datasets": words.joined(dict.fromkeys(row.dataset for row in rows)),
+             "methods": words.joined(dict.fromkeys(row.detector for row in rows))}
             for hardware, rows in found.items()
         ]  # fmt: skip
 

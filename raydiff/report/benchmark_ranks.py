@@ -12,6 +12,7 @@ from raydiff.report.benchmark_data import Benchmark
 from raydiff.report.benchmark_tables import method_row
 from raydiff.report.export import Heading, Table
 from raydiff.report.tables import Cell
+from raydiff.report.words import joined
 
 __all__ = ["Ranking", "rank", "ranking_table"]
 
@@ -63,9 +64,9 @@ class Ranking:
                 f"Only {n} of {self.num_expected} planned blocks are measured, so these are not yet the suite's ranks."
             )
         if self.uneven:
-            said.append(f"Some seeds are still missing of {', '.join(self.uneven)}.")
+            said.append(f"Some seeds are still missing of {joined(self.uneven)}.")
         if self.missing:
-            said.append(f"Left out, for they did not run on every block: {', '.join(self.missing)}.")
+            said.append(f"Left out, for they did not run on every block: {joined(self.missing)}.")
         return said
 
 

@@ -11,6 +11,7 @@ from raydiff.core.statistics import holm
 from raydiff.report.benchmark_data import Against, Benchmark, Score, natural
 from raydiff.report.export import Heading, Table, slug
 from raydiff.report.tables import Cell, Row, mark_best, signed, summarise
+from raydiff.report.words import joined
 from raydiff.results import Result
 
 __all__ = [
@@ -200,7 +201,7 @@ def fitted_on(benchmark: Benchmark, dataset: str) -> str:
     said = []
     for numbers, methods in by_number.items():
         low, high = min(n for _, n in numbers), max(n for _, n in numbers)
-        said.append(f"{low}{f' to {high}' if high > low else ''} ({', '.join(methods)})")
+        said.append(f"{low}{f' to {high}' if high > low else ''} ({joined(methods)})")
     return f" Methods were fitted on different numbers of training images: {'; '.join(said)}."
 
 

@@ -27,7 +27,9 @@ GLOSSARY = {
 
 
 def listed(names: Sequence[str]) -> str:
-    """``a``, ``a and b``, ``a, b and c``."""
+    """``a``, ``a and b``, ``a, b and c``; with semicolons alone where a name holds a comma."""
+    if any("," in name for name in names):
+        return words.joined(names)
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
@@ -62,7 +64,7 @@ def progress(benchmark: Benchmark) -> list[str]:
         named.append(f"{rest} more")
     measured = total - len(benchmark.unmeasured)
     return [
-        f"{measured} of {total} planned cells are measured; missing: {', '.join(named)}. Means over less than was"
+        f"{measured} of {total} planned cells are measured; missing: {words.joined(named)}. Means over less than was"
         " planned say so, and are never bold."
     ]
 
@@ -82,7 +84,7 @@ def _grouped(planned: frozenset[Planned], missing: Sequence[Planned]) -> list[tu
         whole = {name for name, number in gone.items() if number == expected[name]}
         found += [(name, gone[name]) for name in gone if name in whole]
         asked, left = ([cell for cell in cells if names(cell) not in whole] for cells in (asked, left))
-    return [*found, *Counter(f"{cell[0]} on {cell[1]}" for cell in left).items()]
+    return [*found, *Counter(f"{cell[0]} on {cell[1]}" for cell in left).most_common()]
 
 
 def summary(benchmark: Benchmark, dataset: str, found: Sequence[Verdict]) -> str:
@@ -101,7 +103,7 @@ def summary(benchmark: Benchmark, dataset: str, found: Sequence[Verdict]) -> str
         if marked and scratch:
             mean, _, name = max(scratch, key=lambda item: item[0])
             sentences.append(f"The highest without pretrained weights is that of {name}: {mean:.3f}.")
-    return " ".join([*sentences, *verdict(benchmark, found)])
+    return " ".join([*sentences, *verdict(benchmark, found), *_below_chance(benchmark, dataset)])
 
 
 def verdict(benchmark: Benchmark, found: Sequence[Verdict]) -> list[str]:
@@ -124,6 +126,17 @@ def verdict(benchmark: Benchmark, found: Sequence[Verdict]) -> list[str]:
         if members:
             sentences.append(f"{beginning}: {listed([_named(v) for v in members])}.".replace("(-", "(−"))
     return sentences
+
+
+def _below_chance(benchmark: Benchmark, dataset: str) -> list[str]:
+    """A warning where every classic method is worse than guessing."""
+    scores = [score.mean for name in benchmark.classics if (score := benchmark.score(dataset, name)) is not None]
+    if not scores or max(scores) >= 0.5:
+        return []
+    return [
+        f"No classic method reaches an AUROC of one half here (the highest mean is {max(scores):.3f}), so to be above"
+        " them is not yet to be good."
+    ]
 
 
 def _named(verdict: Verdict) -> str:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from statistics import fmean, stdev
 
 from raydiff.core.metrics import Estimate
 from raydiff.report.tables import Group, Row, data_marks
 from raydiff.results import Comparison
 
-__all__ = ["GLOSSARY", "count", "interval_note", "roc_note", "spread_note", "summary", "superseded_note", "warnings"]
+__all__ = [
+    "GLOSSARY",
+    "count",
+    "interval_note",
+    "joined",
+    "roc_note",
+    "spread_note",
+    "summary",
+    "superseded_note",
+    "warnings",
+]
 
 GLOSSARY = {
     "AUROC": "the chance that a random anomalous image scores above a random normal one; 0.5 is guessing",
@@ -31,6 +41,11 @@ GLOSSARY = {
 def count(number: int, noun: str) -> str:
     """``1 seed``, ``3 seeds``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def joined(names: Collection[str]) -> str:
+    """``a, b, c``; with semicolons where a name holds a comma."""
+    return ("; " if any("," in name for name in names) else ", ").join(names)
 
 
 def summary(groups: Sequence[Group], main: Group, comparisons: Sequence[Comparison]) -> str:

@@ -35,6 +35,7 @@ def test_rows_of_several_machines_are_kept_apart(cell):
     assert [(row.name, row.note, row.cells[0].value) for row in table.rows] == [
         ("ocsvm", "H200", 9.0), ("ocsvm", "a processor", 1.0),
     ]  # fmt: skip
+    assert "other tasks may have run on the machine at the same time" in table.caption
 
 
 def test_robustness_starts_at_the_unchanged_images(evaluations, robustness_rows, report, read):

@@ -1,10 +1,12 @@
 """Cells arranged: differences are paired by image, to the best classic of each cell; intervals are over images."""
 
+import re
+
 import numpy as np
 import pytest
 
 from raydiff.report import benchmark_tables as tables
-from raydiff.report import benchmark_words
+from raydiff.report import benchmark_words, words
 from raydiff.report.benchmark_data import Benchmark
 from raydiff.results import Evaluation, Predictions
 
@@ -52,6 +54,21 @@ def test_what_cannot_be_told_apart_is_said_so(cell):
     assert benchmark_words.verdict(alone, []) == [
         "No comparison with a classic method: no classic method is among them."
     ]
+
+
+def test_classics_below_one_half_are_no_measure(cell):
+    runs = [cell("unet/x", noise=1), cell("ocsvm", noise=2, shift=-1.0), cell("copod", noise=3, shift=-2.0)]
+    said = benchmark_words.summary(Benchmark(runs), "tiles", tables.verdicts(Benchmark(runs), "tiles"))
+    assert re.search(r"No classic method reaches an AUROC of one half here \(the highest mean is 0\.\d{3}\)", said)
+    runs = [*runs[:2], cell("copod", noise=3)]
+    said = benchmark_words.summary(Benchmark(runs), "tiles", tables.verdicts(Benchmark(runs), "tiles"))
+    assert "No classic method" not in said
+
+
+def test_names_with_commas_are_told_apart():
+    assert benchmark_words.listed(["a", "b", "c"]) == "a, b and c"
+    assert benchmark_words.listed(["features, kNN", "kNN"]) == "features, kNN; kNN"
+    assert words.joined(["a", "b"]) == "a, b"
 
 
 def test_a_classic_of_one_seed_stands_in_for_the_others_and_other_images_are_never_compared(cell):

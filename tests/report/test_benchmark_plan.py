@@ -83,7 +83,7 @@ def test_a_method_that_lacks_a_seed_is_not_the_best(cell):
     found = {row.name: (row.cells[0].best, row.cells[3].text) for row in differences.rows}
     assert found == {"unet/x": (False, "3 of 4"), "unet/y": (True, "4")}
     names = [point.method for point in figures.points_of(benchmark, "tiles", "ms_per_image")]
-    assert names == ["unet/x (3 of 4 cells)", "unet/y"]
+    assert names == ["unet/x (3 of 4)", "unet/y"]
     direction = benchmark_direction.direction_tables(benchmark)[0]
     assert direction.rows[0].cells[0].detail.endswith("; 3 of 4 cells")
 

@@ -164,7 +164,7 @@ def test_points_of_one_checkpoint_share_a_colour(evaluations, cell):
     assert [(p.method, p.checkpoint, p.cost) for p in points] == [("unet/backwards", 0, 8.0), ("unet/strong", 0, 8.0)]
     other = cell("unet/other", "tiles", "a", config={"seed": 0, "denoiser": {"name": "dit"}, "scoring": {}})
     points = figures.points_of(Benchmark([*evaluations, other]), "tiles", "ms_per_image")
-    assert {p.method: p.checkpoint for p in points}["unet/other (1 of 2 cells)"] == 1
+    assert {p.method: p.checkpoint for p in points}["unet/other (1 of 2)"] == 1
 
 
 def test_names_in_a_figure_do_not_cross():

@@ -55,6 +55,19 @@ def test_latex_escapes_what_a_name_may_hold():
     assert r"B $\downarrow$" in to_latex(table)
 
 
+def test_a_row_name_is_never_taken_for_the_option_of_the_line_before():
+    rows = [cells.Row(name, [cells.Cell("1")]) for name in ("[1, 2]", "*", "x [1]")]
+    lines = to_latex(Table("t", "t", "Class", [Heading("A")], rows)).splitlines()
+    assert [line for line in lines if line.endswith(r"1 \\")] == [r"{}[1, 2] & 1 \\", r"{}* & 1 \\", r"x [1] & 1 \\"]
+
+
+def test_what_is_missing_has_its_column():
+    rows = [cells.Row("a", [cells.Cell("0.5", "1 of 2 cells", 0.5, missing="1 of 2 cells")])]
+    rows.append(cells.Row("b", [cells.Cell("0.4", "± 0.1", 0.4, spread=0.1)]))
+    table = Table("t", "t", "Method", [Heading("A")], rows)
+    assert to_csv(table) == "Method,A,A sd,A measured\na,0.5,,1 of 2 cells\nb,0.4,0.1,\n"
+
+
 def test_csv_keeps_full_numbers_and_quotes():
     rows = [cells.Row('say "x", y', [cells.Cell("0.123", "", 0.1234567), cells.Cell()])]
     table = Table("t", "t", "Method", [Heading("A"), Heading("F1\u2011max")], rows)
