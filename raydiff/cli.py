@@ -202,7 +202,7 @@ def report(results: Path, out: Path | None, title: str) -> None:
     "--dry-run", is_flag=True, help="List cells and trainings and which are done, and check all; run nothing."
 )
 @click.option("--serial", is_flag=True, help="In this process, one cell after the other, without Ray.")
-@click.option("--num-workers", type=click.IntRange(min=1), metavar="N", help="Tasks at a time, at most [what fits].")
+@click.option("--num-workers", type=click.IntRange(min=1), metavar="N", help="Tasks at a time, at most [as many as fit].")
 def benchmark(
     suite: Path, data: Path | None, out: Path | None, only: str | None, dry_run: bool, serial: bool,
     num_workers: int | None,
@@ -237,7 +237,7 @@ def benchmark(
             from raydiff.distributed.benchmark import RayWorkers
             from raydiff.distributed.cluster import connect
 
-            stack.enter_context(connect(num_cpus=num_workers, spare_cpus=0))
+            stack.enter_context(connect(spare_cpus=0))
             return RayWorkers(tasks, num_workers=num_workers)
 
         try:

@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from ray.exceptions import OutOfMemoryError
 
 from raydiff.benchmark import finished_cells, plan, run_benchmark
-from raydiff.distributed.benchmark import RayWorkers
+from raydiff.distributed.benchmark import RayWorkers, failure_of
 from raydiff.errors import ConfigError
 from raydiff.results import read_results
 from raydiff.suite import Resources
@@ -76,6 +77,39 @@ def test_a_lost_worker_costs_its_task_a_second_try_and_no_more(tmp_path: Path) -
     outcome = workers.next()
     assert (outcome.value, outcome.failure) == ("alive", None)
     assert (tmp_path / "died").exists()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_worker_lost_again_and_again_fails_its_task(tmp_path: Path) -> None:
+    def dies() -> None:
+        (tmp_path / f"{time.monotonic_ns()}").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    task = Task("a", "baseline", "a task", (), Resources(), dies)
+    workers = RayWorkers([task])
+    workers.submit(task)
+    outcome = workers.next()
+    assert outcome.failure is not None
+    assert outcome.failure.type == "WorkerCrashedError"
+    assert len(list(tmp_path.iterdir())) == 4, "once, and three times again"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_task_whose_last_node_is_gone_fails_after_a_while() -> None:
+    workers = RayWorkers([], patience_s=2.0)
+    workers.submit(Task("gone", "baseline", "gone", (), Resources(num_gpus=64), lambda: 1))
+    outcome = workers.next()
+    assert outcome.key == "gone"
+    assert outcome.failure is not None
+    assert "ask for 1 CPU and 64 GPU; none of the cluster's 1 node(s) has so much" in outcome.failure.message
+
+
+def test_out_of_memory_says_what_to_ask_for() -> None:
+    task = Task("a", "baseline", "a task", (), Resources(num_cpus=2), lambda: None)
+    failure = failure_of(OutOfMemoryError("Task was killed due to\nthe node running low on memory."), task)
+    assert failure.type == "OutOfMemoryError"
+    assert failure.message.startswith("ran out of memory with resources.num_cpus 2; ask for more, so that fewer")
+    assert "running low on memory" in failure.message
 
 
 @pytest.mark.usefixtures("ray_cluster")
