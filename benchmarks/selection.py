@@ -25,10 +25,10 @@ from raydiff.core.metrics import image_auroc
 from raydiff.detector import DiffusionDetector, load_detector
 from raydiff.experiment import artifact_of
 from raydiff.images import to_tensor
-from raydiff.selection import selection_set
+from raydiff.selection import judged, selection_set
 from raydiff.shards import ShardSet
 
-FOLDS, BATCH = 5, 16
+BATCH = 16
 NORMALISE, SHARES = ("step", "pixel"), (0.016, 0.05, 1.0)
 
 
@@ -42,19 +42,6 @@ def read(detector: DiffusionDetector, shards: ShardSet, split: str) -> tuple[np.
     batches = list(shards.read(split, detector.image_spec, batch_size=64))  # type: ignore[arg-type]
     ids = [name for batch in batches for name in batch.ids]
     return np.concatenate([b.images for b in batches]), ids, np.concatenate([b.is_anomaly for b in batches])
-
-
-def judged(scorer: object, normals: Tensor, twins: Tensor, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of normals and of their twins, each from statistics of the other folds."""
-    low, high = np.empty(len(normals)), np.empty(len(normals))
-    for fold in range(FOLDS):
-        rows = torch.arange(fold, len(normals), FOLDS)
-        rest = torch.ones(len(normals), dtype=torch.bool)
-        rest[rows] = False
-        statistics = scorer.fit(normals[rest])  # type: ignore[attr-defined]
-        for target, evidence in ((low, normals), (high, twins)):
-            target[rows.numpy()] = scorer.judge(evidence[rows], statistics, size).image.numpy()  # type: ignore[attr-defined]
-    return low, high
 
 
 def table(

@@ -34,16 +34,16 @@ def pgd(
 ) -> Tensor:
     """Attacked copies of the images, (B, C, H, W), in [-1, 1] and within ``budget`` of the originals.
 
-    Of the start and the ``num_steps`` points after it, each image keeps the one at which the detector's surrogate went
-    furthest: an attack never makes the surrogate worse than doing nothing. Whether the score followed is for
-    ``detector.score`` to say.
+    Of itself, the start and the ``num_steps`` points after it, each image keeps the one at which the detector's
+    surrogate went furthest: an attack never makes the surrogate worse than doing nothing. Whether the score followed is
+    for ``detector.score`` to say.
 
     Args:
         detector: with a gradient; see :attr:`Detector.has_gradient`.
         images: float32 (B, C, H, W) in [-1, 1].
         is_anomaly: bool (B,): True lowers the score of that image, False raises it.
         budget: largest change of a number, in units of [-1, 1]: 2 / 255 is one level of 256.
-        num_steps: gradients taken; the surrogate is evaluated once more.
+        num_steps: gradients taken; the surrogate is evaluated once more, twice with a random start.
         random_start: a seed: begin at a random point of the ball, the same for all images. None: at the image.
 
     Raises:
@@ -61,14 +61,14 @@ def pgd(
     step = _STEP_SHARE * budget / num_steps
     low, high = (images - budget).clamp(min=-1), (images + budget).clamp(max=1)
     point = _start(images, budget, random_start).clamp(low, high)
-    best, furthest = images, torch.full((len(images),), -torch.inf)
+    best, furthest = images, torch.full((len(images),), -torch.inf, device=images.device)
+    if random_start is not None:  # the start is another point then
+        best, furthest = _further(best, furthest, images, _value(detector, images) * wanted.flatten())
     for _ in range(num_steps):
         value, gradient = _gradient(detector, point)
         best, furthest = _further(best, furthest, point, value * wanted.flatten())
         point = (point + step * wanted * gradient.sign()).clamp(low, high)
-    with torch.no_grad():
-        value = torch.cat([detector.surrogate(few) for few in _few(point)])
-    return _further(best, furthest, point, value * wanted.flatten())[0]
+    return _further(best, furthest, point, _value(detector, point) * wanted.flatten())[0]
 
 
 def _start(images: Tensor, budget: float, seed: int | None) -> Tensor:
@@ -82,6 +82,11 @@ def _gradient(detector: Detector, images: Tensor) -> tuple[Tensor, Tensor]:
     """The surrogate (B,) and its gradient (B, C, H, W), each row's own; a few images at a time, for memory."""
     parts = [_gradient_of_few(detector, few) for few in _few(images)]
     return torch.cat([value for value, _ in parts]), torch.cat([gradient for _, gradient in parts])
+
+
+def _value(detector: Detector, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([detector.surrogate(few) for few in _few(images)])
 
 
 def _few(images: Tensor) -> Iterator[Tensor]:

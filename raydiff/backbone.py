@@ -5,13 +5,14 @@ part of the state of whatever uses it, so that an artefact needs neither the net
 
 Libraries round differently for another batch size. So the network always sees the same number of images, which depends
 on their size alone, and the last chunk is padded with zeros (compare :mod:`raydiff.core.diffusion`). What follows the
-network, such as a projection, is done per chunk too: see :meth:`Backbone.__call__`.
+network, such as a projection, is done per chunk too: see :meth:`Backbone.__call__`. On a CPU rows then come out bit for
+bit the same for a given number of torch threads.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 
 from raydiff import registry
 from raydiff.config import Section
+from raydiff.core.diffusion import full_precision
 from raydiff.errors import ArtifactError, ConfigError, RaydiffError
 
 __all__ = ["Backbone", "BackboneOptions", "FeatureMaps", "Grid", "grid_size", "has_weights", "joined", "pooled"]
@@ -134,7 +136,8 @@ class Backbone:
         """``head`` of the feature maps, for images (B, 1 or 3, H, W) in [-1, 1]; on their device.
 
         ``head`` turns the maps of one chunk, always of the same shapes, into (chunk, ...), row by row. So row i of the
-        result depends on ``images[i]`` alone, bit for bit on a CPU. Gradients flow back to images that ask for them.
+        result depends on ``images[i]`` alone, bit for bit on a CPU with a given number of threads. Gradients flow back
+        to images that ask for them.
         """
         network = self._built().to(images.device)
         size = _chunk_size(images)
@@ -148,7 +151,8 @@ class Backbone:
         count = len(images)
         if count < size:
             images = torch.cat([images, images.new_zeros(size - count, *images.shape[1:])])
-        return head(list(network(self._normalised(images))))[:count]
+        with full_precision(images.device):
+            return head(list(network(self._normalised(images))))[:count]
 
     def _normalised(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) as the network was trained on; grey is repeated."""
@@ -292,6 +296,8 @@ def _named_like(
 ) -> dict[str, Tensor]:
     """The weights under the model's names: by name, else one to one in order (other code's names, the same network).
 
+    In order, shapes and the last part of the names must agree, such as ``weight`` or ``running_mean``.
+
     Raises:
         ConfigError: they are another network's.
     """
@@ -301,10 +307,11 @@ def _named_like(
         raise ConfigError(
             f"{misfit}: it holds {len(weights)} tensors and the network {len(model)}; name its own network"
         )
-    values: Sequence[Tensor] = [weights[key] for key in model] if by_name else list(weights.values())
-    for key, value in zip(model, values, strict=True):
-        if value.shape != model[key].shape:
-            raise ConfigError(
-                f"{misfit}: {key} is {tuple(value.shape)} and must be {tuple(model[key].shape)}; name its own network"
-            )
-    return dict(zip(model, values, strict=True))
+    names = list(model) if by_name else list(weights)
+    for key, name in zip(model, names, strict=True):
+        if weights[name].shape != model[key].shape:
+            shapes = f"{tuple(weights[name].shape)} and must be {tuple(model[key].shape)}"
+            raise ConfigError(f"{misfit}: {name} is {shapes}; name its own network")
+        if name.rpartition(".")[2] != key.rpartition(".")[2]:
+            raise ConfigError(f"{misfit}: {name} stands where {key} must; name its own network")
+    return {key: weights[name] for key, name in zip(model, names, strict=True)}

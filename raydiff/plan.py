@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -154,20 +155,21 @@ class _Layout:
             self.shards[shards] = self._rooted(config).data
         training = None if method.training is None else self._add_training(method, config, shards, dataset, category)
         described = None if options is None else options.model_dump(mode="json")
+        resources = [self._resources(method)] + ([self.trainings[training].resources] if training else [])
+        content = [name, dataset, category, seed, config.digest(), described, *_threads(*resources)]
         self.cells.append(
             Cell(
-                name, dataset, category, seed, _short([name, dataset, category, seed, config.digest(), described]),
-                config, options, training, shards, self._resources(method),
+                name, dataset, category, seed, _short(content), config, options, training, shards, resources[0],
             )
         )  # fmt: skip
 
     def _add_training(self, method: Method, config: ExperimentConfig, shards: str, dataset: str, category: str) -> str:
         fitted = config.model_copy(update={"scoring": _training_scoring(config)})
-        unusual = _unusual(config.data)
-        key = _short([fitted.digest(), unusual] if unusual else fitted.digest())
+        unusual, resources = _unusual(config.data), self._suite.training(method.training or "")[1]
+        more = [*([unusual] if unusual else []), *_threads(resources)]
+        key = _short([fitted.digest(), *more] if more else fitted.digest())
         if key not in self.trainings:
             name = f"{method.training}/{dataset}/{category or '-'}/{config.seed}"
-            resources = self._suite.training(method.training or "")[1]
             self.trainings[key] = Training(key, name, fitted, shards, resources)
         return key
 
@@ -238,6 +240,12 @@ def _unusual(data: DataConfig) -> dict[str, Any]:
     if counted is not None and asked != counted.default:
         found["check_counts"] = asked
     return found
+
+
+def _threads(*resources: Resources) -> list[int]:
+    """How many each gives torch, where one is not 1: the last bits of weights and scores change with it."""
+    counts = [math.ceil(each.num_cpus) for each in resources]
+    return [] if set(counts) == {1} else counts
 
 
 def _short(content: object) -> str:

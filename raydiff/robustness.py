@@ -95,12 +95,17 @@ def robustness(
 
     Raises:
         NotCalibratedError: the detector has no threshold.
-        ConfigError: an unknown perturbation, one that makes anomalies, or a severity or budget out of range.
+        ConfigError: an unknown perturbation, one that makes anomalies, a severity or budget out of range, or fewer
+            than two images.
         DataError: an image cannot be read, or the test split lacks normal or anomalous images.
         ScoreError: a score is not finite (names the image), or all unchanged normal images score the same.
     """
     if detector.calibration is None:
         raise NotCalibratedError(f"{detector.name} has no threshold; calibrate it before its robustness is measured")
+    if max_images < 2:
+        raise ConfigError(
+            f"max_images is {max_images}; a robustness table needs a normal and an anomalous one at least"
+        )
     changes = _changes(perturbations, severities, attacks if detector.has_gradient else ())
     subset = _subset(detector, shards, max_images)
     measured = _Measured(detector, subset, batch_size, num_draws, _Counter(progress, len(subset.ids) * len(changes)))
@@ -152,7 +157,7 @@ def _subset(detector: Detector, shards: ShardSet, max_images: int) -> _Subset:
                     continue
                 ids.append(stored.image_id)
                 labels.append(is_anomaly)
-    _check_kinds(shards, labels)
+    _check_kinds(f"{shards.uri}: of the {len(labels)} chosen images that can be read", labels)
     return _Subset(ids, np.stack(pixels), np.array(labels, dtype=np.bool_))
 
 
@@ -164,7 +169,7 @@ def _chosen(shards: ShardSet, max_images: int) -> dict[int, list[tuple[int, bool
             table = reader.table(group, ("image_id", "is_anomaly")).to_pydict()
             for row, (name, is_anomaly) in enumerate(zip(table["image_id"], table["is_anomaly"], strict=True)):
                 places[is_anomaly].append((keyed_seed("robustness", name), group, row))
-    _check_kinds(shards, [is_anomaly for is_anomaly, found in places.items() for _ in found])
+    _check_kinds(f"{shards.uri}: of the test split", [kind for kind, found in places.items() for _ in found])
     half = max_images // 2
     num_anomalous = min(len(places[True]), max(half, max_images - len(places[False])))
     wanted = {True: num_anomalous, False: min(len(places[False]), max_images - num_anomalous)}
@@ -179,11 +184,11 @@ def _chosen(shards: ShardSet, max_images: int) -> dict[int, list[tuple[int, bool
     return chosen
 
 
-def _check_kinds(shards: ShardSet, labels: Sequence[bool]) -> None:
+def _check_kinds(of_which: str, labels: Sequence[bool]) -> None:
     if not any(labels) or all(labels):
         raise DataError(
-            f"{shards.uri}: the test split has {len(labels) - sum(labels)} normal and {sum(labels)} anomalous images;"
-            " a robustness table needs both kinds"
+            f"{of_which} {len(labels) - sum(labels)} are normal and {sum(labels)} anomalous; a robustness table needs"
+            " both kinds"
         )
 
 

@@ -1,7 +1,9 @@
 """The ``selection`` split: calibration normals and synthetic anomalies made of them, for choosing without test labels.
 
-A scorer whose statistics were fitted on the same calibration normals finds those a little more normal than new ones.
-That holds for every model alike, so it does not decide between them; a threshold is never taken from here.
+A scorer finds the normals that its statistics were fitted on more normal than new ones, and how much more depends on
+the scorer: with a kernel density it tells the two apart without an error. So the set is scored with :func:`judged`, an
+image and its anomalous twin with statistics of other images; an artefact's own scores of it say nothing. A threshold is
+never taken from here.
 """
 
 from __future__ import annotations
@@ -10,15 +12,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from raydiff import registry
 from raydiff.config import component_options
-from raydiff.contracts import Perturbation
+from raydiff.contracts import Perturbation, Scorer
 from raydiff.core.diffusion import keyed_seed
 from raydiff.errors import ShapeError
 
-__all__ = ["SelectionSet", "selection_set"]
+__all__ = ["SelectionSet", "judged", "selection_set"]
 
 
 class SelectionSet(NamedTuple):
@@ -56,6 +60,37 @@ def selection_set(images: NDArray[np.uint8], ids: Sequence[str], seed: int = 0, 
             masks[rows] = made.masks
     labels = np.repeat([False, True], len(images))
     return SelectionSet(np.concatenate([images, anomalous]), labels, np.concatenate([np.zeros_like(masks), masks]))
+
+
+def judged(
+    scorer: Scorer, normals: Tensor, twins: Tensor, image_size: tuple[int, int], *, num_folds: int = 5
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Image scores of the normal half and of the anomalous half, (n,) each, in order; no network is evaluated.
+
+    Row i of both is scored with statistics of the folds that image i is not in; folds go by position.
+
+    Args:
+        scorer: whose ``fit`` and ``judge`` to use.
+        normals: the normal images' evidence, (n, K, H, W), as the scorer measured it.
+        twins: that of the anomalies made of them, in the same order.
+        image_size: height and width of the images.
+        num_folds: at least 2, and no more than there are images.
+
+    Raises:
+        ShapeError: there is not one twin for each normal image, or fewer images than folds.
+    """
+    if normals.shape != twins.shape:
+        raise ShapeError(f"evidence is {tuple(normals.shape)} and its twins' {tuple(twins.shape)}; give one twin each")
+    if not 2 <= num_folds <= len(normals):
+        raise ShapeError(f"there are {len(normals)} images and {num_folds} folds; give 2 or more, not above the images")
+    low, high = np.empty(len(normals)), np.empty(len(normals))
+    fold_of = torch.arange(len(normals)) % num_folds
+    for fold in range(num_folds):
+        inside = fold_of == fold
+        statistics = scorer.fit(normals[~inside])
+        for scores, evidence in ((low, normals), (high, twins)):
+            scores[inside.numpy()] = scorer.judge(evidence[inside], statistics, image_size).image.numpy()
+    return low, high
 
 
 def _anomalies(seed: int) -> list[Perturbation]:

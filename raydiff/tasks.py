@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from raydiff.errors import ConfigError
 from raydiff.suite import Resources
@@ -111,12 +112,13 @@ class SerialWorkers:
 
 
 def perform(task: Task) -> Outcome:
-    """Run a task with as many torch threads as it has CPUs; an error becomes its outcome."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, math.ceil(task.resources.num_cpus)))
+    """Run a task with as many threads as it has CPUs, torch's and the numerical libraries'; an error is its outcome."""
+    threads, wanted = torch.get_num_threads(), max(1, math.ceil(task.resources.num_cpus))
+    torch.set_num_threads(wanted)
     begun = time.monotonic()
     try:
-        value = task.call()
+        with threadpool_limits(wanted):
+            value = task.call()
     except Exception as error:  # whatever it is: the other cells go on
         message = " ".join(str(error).split()) or "no message"
         failure = Failure(type(error).__name__, message, traceback.format_exc())

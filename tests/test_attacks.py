@@ -25,6 +25,26 @@ def test_it_lowers_anomalous_and_raises_normal_scores_within_the_budget(detector
     assert bool((after > before)[~ANOMALOUS].all())
 
 
+class Hill:
+    """A detector whose score falls with every step away from one image; its gradient leads astray."""
+
+    name = "hill"
+
+    def __init__(self, top):
+        self.top = top
+
+    def surrogate(self, images):
+        distance = (images - self.top).square().flatten(1).sum(1)
+        return -distance.detach() + (distance - distance.detach())
+
+
+@pytest.mark.parametrize("random_start", [None, 3])
+def test_an_attack_is_never_worse_than_none(random_start):
+    images = small_images(4) * 0.5
+    attacked = pgd(Hill(images), images, torch.zeros(4, dtype=torch.bool), budget=0.1, random_start=random_start)
+    assert torch.equal(attacked, images)
+
+
 def test_a_larger_budget_goes_further(detector, digit_images):
     images = digit_images[:6]
     before = detector.score(images).image

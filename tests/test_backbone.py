@@ -114,10 +114,26 @@ def test_weights_of_other_names_are_taken_in_order(tiny_file: Path, tmp_path: Pa
 
     order = timm.create_model("test_efficientnet").state_dict()
     named = load_file(tiny_file)
-    renamed = {f"_{i}": named[key] for i, key in enumerate(order)}
+    renamed = {f"_{i}.{key.rpartition('.')[2]}": named[key] for i, key in enumerate(order)}
     torch.save({"state_dict": renamed}, tmp_path / "renamed.pth")
     first, second = tiny(tiny_file).load(), tiny(tmp_path / "renamed.pth").load()
     assert all(torch.equal(value, second.state()[key]) for key, value in first.state().items())
+
+
+def test_weights_in_another_order_are_refused(tiny_file: Path, tmp_path: Path) -> None:
+    """A normalisation's weight and bias are of one shape: their names tell them apart."""
+    import timm
+    from safetensors.torch import load_file
+
+    named, swapped = load_file(tiny_file), {}
+    for i, key in enumerate(timm.create_model("test_efficientnet").state_dict()):
+        module_name, _, last = key.rpartition(".")
+        is_norm = f"{module_name}.running_mean" in named
+        last = {"weight": "bias", "bias": "weight"}.get(last, last) if is_norm else last
+        swapped[f"_{i}.{last}"] = named[f"{module_name}.{last}"]
+    torch.save(swapped, tmp_path / "swapped.pth")
+    with pytest.raises(ConfigError, match=r"swapped.pth: does not fit .*: _1.bias stands where bn1.weight must"):
+        tiny(tmp_path / "swapped.pth").load()
 
 
 def test_building_draws_no_random_numbers_of_others(tiny_file: Path) -> None:

@@ -102,6 +102,7 @@ def test_rows_survive_a_file(rows, tmp_path):
         ({"perturbations": {"x": "gausian_noise"}}, "no perturbation is called 'gausian_noise'; did you mean"),
         ({"perturbations": {"x": "cut_paste"}}, r"perturbations\.x is cut_paste, which makes an image anomalous"),
         ({"severities": (1, 7)}, "severities hold 7; each must be a whole number from 1 to 5"),
+        ({"max_images": 1}, "max_images is 1; a robustness table needs a normal and an anomalous one at least"),
         ({"attacks": (0.1, -1.0)}, r"attacks hold the budget -1\.0; it must lie above 0"),
     ],
 )

@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 
 from raydiff import registry
+from raydiff.core.metrics import image_auroc
 from raydiff.errors import ShapeError
 from raydiff.images import to_uint8
-from raydiff.selection import selection_set
+from raydiff.scorers import denoising_error
+from raydiff.selection import judged, selection_set
 from raydiff.testing import small_images
 
 PIXELS = to_uint8(small_images(24, (16, 16)))
@@ -46,9 +49,48 @@ def test_an_even_image_becomes_anomalous_too():
         assert (made.images[8:] != level).any((1, 2, 3)).all()
 
 
+def test_half_of_the_normals_are_not_told_from_the_other_half():
+    """A density knows the images that it was fitted on; scored by others' statistics no half stands out."""
+    scorer = build_scorer(density="kde")
+    evidence = evidence_of(120, seed=1, num_steps=8)
+    labels = np.repeat([False, True], 60)
+    fitted = scorer.judge(evidence, scorer.fit(evidence[:60]), (8, 8)).image.numpy()
+    assert image_auroc(fitted, labels) > 0.9
+    low, high = judged(scorer, evidence[:60], evidence[60:], (8, 8))
+    assert 0.35 < image_auroc(np.r_[low, high], labels) < 0.65
+
+
+def test_each_image_and_its_twin_are_scored_without_it():
+    scorer, normals = build_scorer(), evidence_of(11, seed=2)
+    twins = normals * torch.linspace(1, 3, 11)[:, None, None, None]
+    low, high = judged(scorer, normals, twins, (8, 8), num_folds=3)
+    for row in range(11):
+        statistics = scorer.fit(normals[torch.arange(11) % 3 != row % 3])
+        expected = [float(scorer.judge(e[row : row + 1], statistics, (8, 8)).image) for e in (normals, twins)]
+        assert [low[row], high[row]] == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "folds", "message"),
+    [(5, 5, r"evidence is \(6, 2, 8, 8\) and its twins' \(5"), (6, 7, "6 images and 7 folds"), (6, 1, "and 1 folds")],
+)
+def test_what_cannot_be_cross_fitted(count, folds, message):
+    with pytest.raises(ShapeError, match=message):
+        judged(build_scorer(), evidence_of(6), evidence_of(count), (8, 8), num_folds=folds)
+
+
 def test_there_is_one_id_per_image():
     with pytest.raises(ShapeError, match="there are 24 images and 23 ids; give one id per image"):
         selection_set(PIXELS, IDS[1:])
+
+
+def build_scorer(**fields):
+    return denoising_error.build(denoising_error.Options(num_inference_steps=2, **fields))
+
+
+def evidence_of(count, seed=0, num_steps=2):
+    """Squares of normal numbers, (count, num_steps, 8, 8)."""
+    return torch.randn(count, num_steps, 8, 8, generator=torch.Generator().manual_seed(seed)).square()
 
 
 def _build(name, **fields):

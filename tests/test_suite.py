@@ -54,7 +54,9 @@ def test_only_what_changes_a_row_changes_its_cell(tmp_path: Path) -> None:
         return {cell.name: cell.cell_id for cell in laid_out(tmp_path, **changes).cells}
 
     before = ids()
-    assert ids(title="Other", cost={"batch_sizes": [1]}, resources={"num_cpus": 2}) == before
+    assert ids(title="Other", cost={"batch_sizes": [1]}, resources={"num_cpus": 0.5}) == before
+    assert not set(ids(resources={"num_cpus": 2}).values()) & set(before.values()), "another number of threads"
+    assert ids(resources={"num_cpus": 1.5}) == ids(resources={"num_cpus": 2})
     methods = TINY["methods"] | {"near": {"baseline": {"name": "knn", "n_neighbors": 3}}}
     assert {name for name, cell in ids(methods=methods).items() if cell != before[name]} == {
         "near/digits/0/0", "near/digits/1/0",

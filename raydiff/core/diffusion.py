@@ -2,23 +2,24 @@
 
 Libraries pick another kernel for another batch size, and the last bits of a result change with it. So the network is
 always called with exactly ``chunk_size`` rows, the last chunk padded with zeros: on a CPU every row then comes out bit
-for bit the same, whatever stands beside it, at whatever position, on however many threads
-(tests/core/test_diffusion.py; contract 1).
+for bit the same, whatever stands beside it, at whatever position, for a given number of torch threads: another number
+of them may cut up a convolution's sums in another way (tests/core/test_diffusion.py; contract 1).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor
 
 from raydiff.core.schedule import NoiseSchedule, PredictionType, predict_epsilon, predict_x0
 
-__all__ = ["Denoiser", "Diffusion", "keyed_seed"]
+__all__ = ["Denoiser", "Diffusion", "full_precision", "keyed_seed"]
 
 Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """``(x_t (B, C, H, W), t (B,), condition (B,) or None) -> prediction (B, C, H, W)``."""
@@ -27,6 +28,47 @@ Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 def keyed_seed(*key: int | str) -> int:
     """A 63-bit seed that depends on the key alone: the same on every machine, rank and run."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+
+
+@contextmanager
+def full_precision(device: torch.device | str) -> Iterator[None]:
+    """Convolutions on a GPU in float32 throughout, not rounded to TF32's 10 bits, which cuDNN does by default.
+
+    The setting is the process's, so it changes back when the last of several threads leaves. On a CPU nothing happens.
+    """
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    _tf32.enter()
+    try:
+        yield
+    finally:
+        _tf32.leave()
+
+
+class _Tf32:
+    """What cuDNN was allowed before the first thread entered."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._allowed = Lock(), 0, True
+
+    def enter(self) -> None:
+        """Not allowed from here."""
+        with self._lock:
+            if not self._inside:
+                self._allowed = torch.backends.cudnn.allow_tf32
+                torch.backends.cudnn.allow_tf32 = False
+            self._inside += 1
+
+    def leave(self) -> None:
+        """As before, for the last one."""
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.backends.cudnn.allow_tf32 = self._allowed
+
+
+_tf32 = _Tf32()
 
 
 @dataclass(frozen=True)
@@ -85,5 +127,6 @@ class Diffusion:
             t = torch.cat([t, t.new_zeros(padding)])
             condition = None if condition is None else torch.cat([condition, condition.new_zeros(padding)])
         moved = None if condition is None else condition.to(self.device)
-        output = self.denoiser(x_t.to(self.device), t.to(self.device), moved)
+        with full_precision(self.device):
+            output = self.denoiser(x_t.to(self.device), t.to(self.device), moved)
         return output[:count].float().to(x_t.device)
