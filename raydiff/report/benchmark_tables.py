@@ -189,9 +189,7 @@ def fitted_on(benchmark: Benchmark, dataset: str) -> str:
     by_number: dict[tuple[tuple[str, int], ...], list[str]] = {}
     for method in benchmark.methods_of(dataset):
         known = {
-            (row.category, n)
-            for row in benchmark.rows(dataset, method)
-            if (n := getattr(row, "num_train_images", None)) is not None
+            (row.category, n) for row in benchmark.rows(dataset, method) if (n := row.num_train_images) is not None
         }
         if known:
             by_number.setdefault(tuple(sorted(known)), []).append(method)
