@@ -15,7 +15,7 @@ from raydiff.tracking import clock
 if TYPE_CHECKING:
     from raydiff.report.benchmark_data import Score
 
-__all__ = ["failures", "listing", "progress_line", "table", "write_report"]
+__all__ = ["failures", "listing", "progress_line", "redraw", "table", "write_report"]
 
 _MAX_NAMED = 20
 
@@ -95,6 +95,14 @@ def write_report(plan: Plan, out: Path) -> tuple[list[Evaluation], Path] | None:
         classics=_classics(plan, evaluations), lead_metrics=tuple(dict.fromkeys(metrics)), planned=_planned(plan),
     )  # fmt: skip
     return evaluations, path
+
+
+def redraw(evaluations: Sequence[Evaluation], out: Path, target: Path, *, title: str) -> Path:
+    """Write the report of a benchmark's rows without its suite: all that was measured, with the default metrics."""
+    from raydiff.report import write_benchmark_report
+
+    found = read_robustness(out / ROBUSTNESS) if (out / ROBUSTNESS).exists() else []
+    return write_benchmark_report(evaluations, found, target, title=title)
 
 
 def _planned(plan: Plan) -> set[tuple[str, str, str, int]]:

@@ -184,12 +184,20 @@ def score(
 @click.option("--out", type=_Folder(), metavar="FILE", help="[report.html beside RESULTS]")
 @click.option("--title", default="raydiff results", show_default=True)
 def report(results: Path, out: Path | None, title: str) -> None:
-    """Draw the report of a results.jsonl again, as one HTML file that needs nothing else."""
+    """Draw the report of a results.jsonl again, as one HTML file that needs nothing else.
+
+    That of a benchmark, too, with its default metrics; the benchmark's own command draws it as the suite asks.
+    """
+    from raydiff.benchmark_command import redraw
     from raydiff.report import write_report
     from raydiff.results import load_evaluations
 
     target = out or results.parent / "report.html"
-    write_report(load_evaluations(results), target, title=title)
+    evaluations = load_evaluations(results)
+    if any(evaluation.rows[0].cell is not None for evaluation in evaluations):
+        redraw(evaluations, results.parent, target, title=title)
+    else:
+        write_report(evaluations, target, title=title)
     click.echo(f"report: {target}")
 
 
@@ -199,10 +207,12 @@ def report(results: Path, out: Path | None, title: str) -> None:
 @click.option("--out", type=_Folder(), metavar="DIR", help="The benchmark's folder [runs/SUITE].")
 @click.option("--only", metavar="GLOB", help="Only cells whose method/dataset/category/seed match.")
 @click.option(
-    "--dry-run", is_flag=True, help="List cells and trainings and which are done, and check all; run nothing."
+    "--dry-run",
+    is_flag=True,
+    help="List cells and trainings and which are done, and check all but the shares of CPUs and GPUs; run nothing.",
 )
 @click.option("--serial", is_flag=True, help="In this process, one cell after the other, without Ray.")
-@click.option("--num-workers", type=click.IntRange(min=1), metavar="N", help="Tasks at a time, at most [as many as fit].")
+@click.option("--num-workers", type=click.IntRange(min=1), metavar="N", help="Tasks at a time, at most [what fits].")
 def benchmark(
     suite: Path, data: Path | None, out: Path | None, only: str | None, dry_run: bool, serial: bool,
     num_workers: int | None,

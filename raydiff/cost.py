@@ -1,4 +1,4 @@
-"""What a detector costs when it is used: milliseconds per image by batch size, and memory at its peak.
+"""What a detector costs when it is used: milliseconds per image by batch size, and the memory that a call adds.
 
 An image is timed from its uint8 pixels to its verdict: conversion, the feature network where there is one, scoring and
 threshold. The device is synchronised before the clock is read. Each batch size is run once to warm up, then at least

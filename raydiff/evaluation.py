@@ -361,6 +361,7 @@ def _common(
         "artifact_digest": detector.artifact_digest,
         "data_digest": shards.digest,
         "trained_on": detector.provenance.get("data_digest"),
+        "num_train_images": detector.provenance.get("num_train_images"),
         "pretrained": detector.pretrained,
         "model_mb": detector.model_bytes / 1e6,
     }

@@ -245,7 +245,8 @@ def fit_baselines(config: ExperimentConfig, shards: ShardSet, names: Sequence[st
 def fit_baseline(config: ExperimentConfig, shards: ShardSet, options: Options) -> Detector:
     """A baseline fitted on the training split (its first 10,000 images), not calibrated."""
     images = torch.cat(list(_up_to(_MAX_BASELINE_IMAGES, split_batches(shards, "train", config))))
-    return BaselineDetector.fit(config, options, images, provenance=provenance_of(shards))
+    provenance = provenance_of(shards) | {"num_train_images": len(images)}
+    return BaselineDetector.fit(config, options, images, provenance=provenance)
 
 
 def artifact_of(path: str | os.PathLike[str]) -> Path:

@@ -50,11 +50,10 @@ def check(plan: Plan, shard_place: Callable[[str], Path]) -> None:
     facts: dict[str, _Facts] = {}
     for key, data in plan.shards.items():
         cell = next(cell for cell in plan.cells if cell.shards == key)
-        where = f"datasets.{cell.dataset}" + (f" ({cell.category})" if cell.category else "")
         try:
             facts[key] = _facts(data, shard_place(key))
         except RaydiffError as error:
-            problems.append(type(error)(f"{where}: {error}"))
+            problems.append(type(error)(f"{_where(cell)}: {error}"))
     problems += _of_methods(plan, facts)
     problems += _of_metrics(plan, facts)
     problems += _of_robustness(plan)
@@ -63,6 +62,10 @@ def check(plan: Plan, shard_place: Callable[[str], Path]) -> None:
         shown = [str(problem) for problem in rest[:_MAX_SHOWN]] + ["..."] * (len(rest) > _MAX_SHOWN)
         more = f" (and {len(rest)} more: {'; '.join(shown)})" if rest else ""
         raise type(first)(f"{plan.path}: {first}{more}")
+
+
+def _where(cell: Cell) -> str:
+    return f"datasets.{cell.dataset}" + (f" ({cell.category})" if cell.category else "")
 
 
 def _facts(data: DataConfig, place: Path) -> _Facts:
@@ -116,18 +119,20 @@ def _one_each(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _of_metrics(plan: Plan, facts: dict[str, _Facts]) -> Iterator[RaydiffError]:
-    for name, shards in {cell.dataset: cell.shards for cell in plan.cells if cell.shards in facts}.items():
+    for name in dict.fromkeys(cell.dataset for cell in plan.cells if cell.shards in facts):
+        known = {cell.shards: cell for cell in plan.cells if cell.dataset == name and cell.shards in facts}
+        bare = next((cell for key, cell in known.items() if not facts[key].has_masks), None)
         pixel = [metric for metric in plan.suite.leading_metrics(name) if metric in PIXEL_METRICS]
         if not pixel:
             continue
         cells = [cell for cell in _one_each(plan.whole) if cell.dataset == name]  # not those that are left alone
         key = f"datasets.{name}.metrics" if pixel[0] in plan.suite.datasets[name].metrics else "metrics"
-        if not facts[shards].has_masks:
+        if bare is not None:
             yield ConfigError(
-                f"{key} names {pixel[0]}, which needs masks, and datasets.{name} has none; leave it out, or list it"
+                f"{key} names {pixel[0]}, which needs masks, and {_where(bare)} has none; leave it out, or list it"
                 " under the metrics of the data sets that have masks"
             )
-        elif not any(_draws_maps(cell, facts[shards].num_normal_classes) for cell in cells):
+        elif not any(_draws_maps(cell, facts[next(iter(known))].num_normal_classes) for cell in cells):
             yield ConfigError(
                 f"{key} names {pixel[0]}, which needs anomaly maps, and no method on datasets.{name} draws any"
                 f" ({', '.join(cell.method for cell in cells)}); leave it out, or add one that does"

@@ -17,18 +17,23 @@ __all__ = ["hardware", "source_commit", "versions"]
 _PACKAGES = ("raydiff", "diffusers", "timm", "scikit-learn", "pyod", "numpy", "ray")
 
 
-@cache
 def hardware(device: str) -> str:
-    """The processor, its usable cores and the threads torch uses; the GPU where one is used."""
+    """The processor, its usable cores and the threads torch uses at the moment; the GPU where one is used."""
     if device.startswith("cuda"):
         return str(torch.cuda.get_device_name(torch.device(device)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = torch.get_num_threads()
+    return f"{_processor()}, {cores} core{'s' * (cores != 1)}, {threads} thread{'s' * (threads != 1)}"
+
+
+@cache
+def _processor() -> str:
+    """The processor's name as the system tells it."""
     model = platform.processor() or platform.machine()
     if (cpuinfo := Path("/proc/cpuinfo")).exists():
         names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = torch.get_num_threads()
-    return f"{model}, {cores} core{'s' * (cores != 1)}, {threads} thread{'s' * (threads != 1)}"
+    return model
 
 
 @cache

@@ -63,8 +63,10 @@ class Result(BaseModel):
     benchmark's cell is about (a class, a kind of part), and ``cell`` names the cell. ``pretrained`` names pretrained
     weights the detector uses, None where everything was learnt from the training images. The costs are None where they
     were not measured: ``training_seconds`` of wall time, ``model_mb`` of tensors in the artefact (10^6 bytes),
-    ``peak_memory_mb`` of the process while it scored (of the GPU's memory on a GPU), ``ms_per_image_best`` at the best
-    batch size, ``best_batch_size``.
+    ``peak_memory_mb`` is what one call at the largest batch size adds at its peak: on a CPU the growth of the process's
+    memory over that call, model and input left out; on a GPU the most that torch held there, model included (see
+    :mod:`raydiff.cost`). ``ms_per_image_best`` is at the best batch size, ``best_batch_size``. ``num_train_images`` is
+    how many images the detector was fitted on, which can be fewer than the data has; None where that was not recorded.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -105,6 +107,7 @@ class Result(BaseModel):
     peak_memory_mb: float | None = None
     ms_per_image_best: float | None = None
     best_batch_size: int | None = None
+    num_train_images: int | None = None
 
     def comparable(self) -> dict[str, Any]:
         """The row as plain JSON types, without what differs when the same thing is run again or elsewhere."""

@@ -112,6 +112,14 @@ def test_the_order_of_cells_changes_no_row(suite: Plan, finished: Path, tmp_path
     assert found == {key: expected[key] for key in found}
 
 
+def test_the_report_of_a_benchmark_can_be_drawn_from_its_rows(finished: Path, tmp_path: Path) -> None:
+    page = tmp_path / "again.html"
+    drawn = CliRunner().invoke(main, ["report", str(finished / "results.jsonl"), "--out", str(page), "--title", "Two"])
+    assert drawn.exit_code == 0, drawn.output
+    assert "overview-auroc" in page.read_text()
+    assert (tmp_path / "tables" / "overview-auroc.csv").exists(), "the tables of a benchmark"
+
+
 @pytest.mark.parametrize("content", ["", '{"seconds": 1', '{"seconds": null}', "[]"])
 def test_a_training_whose_time_was_cut_off_is_done_again(
     suite: Plan, finished: Path, tmp_path: Path, content: str
@@ -184,8 +192,8 @@ def parts(tmp_path: Path) -> Path:
     return tmp_path / "parts"
 
 
-def add_masks(parts: Path) -> None:
-    for category in ("torn", "whole"):
+def add_masks(parts: Path, *categories: str) -> None:
+    for category in categories or ("torn", "whole"):
         folder = parts / category / "ground_truth" / "dark"
         folder.mkdir(parents=True)
         for i in range(6):
@@ -278,6 +286,11 @@ NO_MAPS = {"methods": {"near": {"baseline": "knn"}}}
     ("changes", "kind", "message"),
     [
         ({"metrics": ["auroc", "aupro"]}, ConfigError, "metrics names aupro, which needs masks, and datasets.parts"),
+        (
+            {"masks": "whole", "metrics": ["aupro"]},
+            ConfigError,
+            r"metrics names aupro, which needs masks, and datasets.parts \(torn\) has none",
+        ),
         ({"each": "gone"}, ConfigError, r"datasets.parts \(gone\): .*has these categories: torn, whole"),
         (
             {"source": "elsewhere"},
@@ -292,7 +305,7 @@ NO_MAPS = {"methods": {"near": {"baseline": "knn"}}}
         ({"robustness": {"severities": [6]}}, ConfigError, "robustness.severities holds 6"),
         ({"robustness": {"attacks": [3.0]}}, ConfigError, r"robustness.attacks holds 3\.0"),
         (
-            {"masks": True, "metrics": ["aupro"]} | NO_MAPS,
+            {"masks": "torn whole", "metrics": ["aupro"]} | NO_MAPS,
             ConfigError,
             "needs anomaly maps, and no method on .* draws any \\(near\\)",
         ),
@@ -303,8 +316,8 @@ def test_what_cannot_work_is_refused_before_anything_runs(
     parts: Path, tmp_path: Path, changes: dict[str, Any], kind: type[RaydiffError], message: str
 ) -> None:
     changes = dict(changes)
-    if changes.pop("masks", False):
-        add_masks(parts)
+    if masks := changes.pop("masks", ""):
+        add_masks(parts, *masks.split())
     if folder := changes.pop("empty", None):
         shutil.rmtree(parts / "torn" / folder)
     dataset = {

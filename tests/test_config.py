@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from raydiff import registry
-from raydiff.config import ExperimentConfig, load_config, parse_override
+from raydiff.config import NO_EFFECT, WHERE_SET, ExperimentConfig, load_config, parse_override
 from raydiff.errors import ConfigError
 
 COMPONENTS = {"data.dataset": "datasets", "space": "spaces", "denoiser": "denoisers", "scoring": "scorers"}
@@ -305,8 +305,9 @@ def test_the_digest_changes_with_every_field_that_can_move_a_score_and_no_other(
 
 def test_fields_without_effect_are_the_ones_that_cannot_move_a_score():
     """Frozen here, so that adding one to the list is a decision: each is left out of the digest."""
-    without = {p for p, _ in leaves(ExperimentConfig()) if (field_at(ExperimentConfig(), p).json_schema_extra or {})}
-    assert without == {
+    extras = {path: field_at(ExperimentConfig(), path).json_schema_extra for path, _ in leaves(ExperimentConfig())}
+    assert {path for path, extra in extras.items() if extra == WHERE_SET} == {"data.test_balance"}
+    assert {path for path, extra in extras.items() if extra == NO_EFFECT} == {
         "data.cache_mb", "data.shard_format", "data.shard_mb", "data.shards",
         "execution.cpus_per_worker", "execution.max_failures", "execution.num_workers",
         "execution.scoring_batch_size", "execution.use_gpu",

@@ -185,9 +185,9 @@ def test_a_row_says_where_it_comes_from(tiles, evaluation):
 
 def test_rows_name_the_tested_data_and_the_data_the_detector_was_fitted_on(tiles, detector):
     elsewhere = detector.config.override({"data.dataset": {"name": "digits", "normal": ["3"]}})
-    foreign = replace(detector, config=elsewhere, provenance={"data_digest": "d161"})
+    foreign = replace(detector, config=elsewhere, provenance={"data_digest": "d161", "num_train_images": 7})
     rows = evaluate(foreign, tiles[1], num_draws=10, num_pictures=0).rows
-    assert {(row.dataset, row.trained_on) for row in rows} == {("tile", "d161")}
+    assert {(row.dataset, row.trained_on, row.num_train_images) for row in rows} == {("tile", "d161", 7)}
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,18 @@ def test_every_local_run_gives_the_same_artefact(
     assert again.artifact_digest == artifact_digest(run_dir)
 
 
+def test_a_baseline_says_how_many_images_it_was_fitted_on(
+    tiny_config: ExperimentConfig, digit_shards: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def number() -> int:
+        (found,) = fit_baselines(tiny_config, digit_shards, ["knn"])
+        return int(found.provenance["num_train_images"])
+
+    assert number() == digit_shards.count("train")
+    monkeypatch.setattr("raydiff.experiment._MAX_BASELINE_IMAGES", 40)
+    assert number() == 40
+
+
 def artifact_digest(run_dir: Path) -> str:
     from raydiff.artifact import read_folder
 

@@ -4,7 +4,7 @@ A config is a YAML file, or the ``config.json`` inside an artefact. Unknown keys
 valid key. ``--set training.num_steps=200`` changes one field by its dotted path.
 
 A field marked :data:`NO_EFFECT` cannot change a score (where it runs, how often it logs) and does not enter
-:meth:`ExperimentConfig.digest`.
+:meth:`ExperimentConfig.digest`; one marked :data:`WHERE_SET` came later and enters it unless it is the default.
 
 ``options`` is what sections and components' options are made of, ``sections`` and ``experiment`` are the fields,
 ``overrides`` changes one of them and ``explaining`` says what is wrong with one.
@@ -13,7 +13,7 @@ A field marked :data:`NO_EFFECT` cannot change a score (where it runs, how often
 from __future__ import annotations
 
 from raydiff.config.experiment import ExperimentConfig, load_config
-from raydiff.config.options import NO_EFFECT, Options, Section, component_options
+from raydiff.config.options import NO_EFFECT, WHERE_SET, Options, Section, component_options
 from raydiff.config.overrides import parse_override
 from raydiff.config.sections import (
     CalibrationConfig,
@@ -26,6 +26,7 @@ from raydiff.config.sections import (
 
 __all__ = [
     "NO_EFFECT",
+    "WHERE_SET",
     "CalibrationConfig",
     "DataConfig",
     "ExecutionConfig",

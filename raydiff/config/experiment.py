@@ -12,7 +12,14 @@ from typing import Any, Self
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from raydiff.config.explaining import explain
-from raydiff.config.options import DenoiserOptions, ScorerOptions, Section, SpaceOptions, component_options
+from raydiff.config.options import (
+    WHERE_SET,
+    DenoiserOptions,
+    ScorerOptions,
+    Section,
+    SpaceOptions,
+    component_options,
+)
 from raydiff.config.overrides import assign, parse_override
 from raydiff.config.sections import (
     CalibrationConfig,
@@ -129,5 +136,7 @@ def _without_no_effect(section: BaseModel) -> dict[str, Any]:
         if isinstance(extra, dict) and extra.get("affects_scores") is False:
             continue
         value = getattr(section, name)
+        if extra == WHERE_SET and value == field.default:
+            continue
         kept[name] = _without_no_effect(value) if isinstance(value, BaseModel) else dumped[name]
     return kept

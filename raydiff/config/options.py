@@ -22,6 +22,7 @@ from raydiff import registry
 __all__ = [
     "KIND_OF_FIELD",
     "NO_EFFECT",
+    "WHERE_SET",
     "DatasetOptions",
     "DenoiserOptions",
     "Options",
@@ -33,6 +34,9 @@ __all__ = [
 
 NO_EFFECT: dict[str, JsonValue] = {"affects_scores": False}
 """``Field(json_schema_extra=NO_EFFECT)``: this field cannot change a score, so the digest leaves it out."""
+
+WHERE_SET: dict[str, JsonValue] = {"in_digest": "unless it is the default"}
+"""``Field(json_schema_extra=WHERE_SET)``: a field that came later; configs without it keep their digest."""
 
 KIND_OF_FIELD: dict[str, registry.Kind] = {
     "dataset": "datasets", "space": "spaces", "denoiser": "denoisers", "scoring": "scorers",

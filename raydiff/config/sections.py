@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from raydiff.config.options import NO_EFFECT, DatasetOptions, Section, component_options
+from raydiff.config.options import NO_EFFECT, WHERE_SET, DatasetOptions, Section, component_options
 
 __all__ = ["CalibrationConfig", "DataConfig", "ExecutionConfig", "ObjectiveConfig", "ScheduleConfig", "TrainingConfig"]
 
@@ -32,6 +32,11 @@ class DataConfig(Section):
     )
     max_test_images: int | None = Field(
         None, gt=0, description="at most so many test images, each class and defect in proportion"
+    )
+    test_balance: Literal["proportional", "balanced"] = Field(
+        "proportional",
+        description="balanced: half of max_test_images are normal where there are enough, the anomalous in proportion",
+        json_schema_extra=WHERE_SET,
     )
     on_bad_image: Literal["error", "skip"] = Field(
         "error", description="skip: leave an unreadable image out, count it and name it"

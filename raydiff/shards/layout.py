@@ -22,8 +22,8 @@ from raydiff.core.diffusion import keyed_seed
 from raydiff.errors import ConfigError, DataError
 
 __all__ = [
+    "CHOICES",
     "FORMAT_VERSION",
-    "LIMITS",
     "MANIFEST",
     "SCHEMA",
     "SPLITS",
@@ -37,8 +37,8 @@ __all__ = [
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SPLITS: tuple[Split, ...] = ("train", "calibration", "test")
-LIMITS = ("max_train_images", "max_test_images")
-"""Config fields that are recorded only where they are set."""
+CHOICES: dict[str, Any] = {"max_train_images": None, "max_test_images": None, "test_balance": "proportional"}
+"""Config fields that choose among a data set's images, recorded only where they are not this default."""
 
 SCHEMA = pa.schema(
     [
@@ -121,7 +121,7 @@ def recorded_fields(data: DataConfig) -> dict[str, Any]:
     """
     dumped = data.model_dump(mode="json")
     names = ["dataset", "calibration_fraction", "split_seed", "shard_format"]
-    names += [name for name in LIMITS if dumped[name] is not None]
+    names += [name for name, default in CHOICES.items() if dumped[name] != default]
     if data.shard_format == "raw" or data.resize == "strict":
         names += ["image_size", "channels", "resize"]
     for option, field in type(data.dataset).model_fields.items():
@@ -187,7 +187,11 @@ def _limited_train(train: list[Entry], data: DataConfig) -> list[Entry]:
 
 
 def _limited_test(test: list[Entry], data: DataConfig) -> list[Entry]:
-    """At most ``data.max_test_images``: one of each (class, defect), the others in proportion (largest remainders)."""
+    """At most ``data.max_test_images``: one of each (class, defect), the others in proportion (largest remainders).
+
+    With ``data.test_balance: balanced`` half of them are normal where there are enough: of many classes of which one is
+    normal, that one is a small part.
+    """
     limit = data.max_test_images
     if limit is None or limit >= len(test):
         return test
@@ -197,14 +201,27 @@ def _limited_test(test: list[Entry], data: DataConfig) -> list[Entry]:
             f"data.max_test_images is {limit}; there are {len(groups)} kinds of test images (class and defect), so it"
             f" must be at least {len(groups)}"
         )
-    quotas = {key: max(1, limit * len(members) // len(test)) for key, members in groups.items()}
+    if data.test_balance == "proportional":
+        return _chosen(test, groups, _in_proportion(groups, limit), data)
+    anomalous = {key: members for key, members in groups.items() if members[0].is_anomaly}
+    normal = {key: members for key, members in groups.items() if key not in anomalous}
+    there, others = sum(map(len, normal.values())), sum(map(len, anomalous.values()))
+    num_normal = min(max(min(there, limit // 2), len(normal), limit - others), limit - len(anomalous))
+    quotas = _in_proportion(normal, num_normal) | _in_proportion(anomalous, limit - num_normal)
+    return _chosen(test, groups, quotas, data)
+
+
+def _in_proportion(groups: Mapping[tuple[str, ...], list[Entry]], limit: int) -> dict[tuple[str, ...], int]:
+    """How many of each group, at least one; ``limit`` lies between the number of groups and that of entries."""
+    total = sum(map(len, groups.values()))
+    quotas = {key: max(1, limit * len(members) // total) for key, members in groups.items()}
     while (rest := limit - sum(quotas.values())) != 0:
-        lack = {key: len(members) * limit / len(test) - quotas[key] for key, members in groups.items()}
+        lack = {key: len(members) * limit / total - quotas[key] for key, members in groups.items()}
         if rest > 0:
             quotas[max(sorted(lack), key=lambda key: lack[key])] += 1
         else:  # one of each was more than some had a right to
             quotas[min(sorted(key for key in lack if quotas[key] > 1), key=lambda key: lack[key])] -= 1
-    return _chosen(test, groups, quotas, data)
+    return quotas
 
 
 def _grouped(entries: list[Entry], key: Callable[[Entry], tuple[str, ...]]) -> dict[tuple[str, ...], list[Entry]]:

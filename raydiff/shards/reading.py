@@ -19,7 +19,7 @@ from raydiff.config import DataConfig
 from raydiff.contracts import Split
 from raydiff.errors import DataError
 from raydiff.images import ImageSpec, decode, decode_mask
-from raydiff.shards.layout import FORMAT_VERSION, LIMITS, MANIFEST, ShardRecord, Skipped, recorded_fields
+from raydiff.shards.layout import CHOICES, FORMAT_VERSION, MANIFEST, ShardRecord, Skipped, recorded_fields
 from raydiff.shards.storage import Storage
 
 if TYPE_CHECKING:
@@ -182,11 +182,11 @@ class ShardSet:
         self._check_dataset(data)
         wanted = recorded_fields(data)
         for name in sorted(wanted.keys() | self.data.keys()):
-            optional = name not in wanted and name not in LIMITS
+            optional = name not in wanted and name not in CHOICES
             if name in ("dataset", "shard_format") or (optional and self.data["shard_format"] != "raw"):
                 continue  # both formats give the same pixels; encoded files can be brought to any size
             asked = data.model_dump(mode="json")[name]
-            made = self.data.get(name, None if name in LIMITS else asked)
+            made = self.data.get(name, CHOICES.get(name, asked))
             if made != asked:
                 raise self._mismatch(name, made, asked)
         if self.skipped and data.on_bad_image == "error":

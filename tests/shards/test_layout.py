@@ -208,6 +208,35 @@ def test_a_limit_of_test_images_keeps_the_proportions(
     assert kept == [entry for entry in found if entry in kept]  # in the data set's order
 
 
+@pytest.mark.parametrize(
+    ("counts", "limit", "expected"),
+    [
+        ((100, 500, 500), 100, (50, 25, 25)),
+        ((30, 500, 500), 100, (30, 35, 35)),  # all normal ones there are
+        ((500, 20, 10), 100, (70, 20, 10)),  # all anomalous ones there are
+        ((100, 300, 100), 11, (5, 5, 1)),
+        ((100, 1000, 1), 4, (2, 1, 1)),  # at least one of each
+        ((5, 5, 5), 3, (1, 1, 1)),
+    ],
+)
+def test_a_balanced_limit_keeps_half_normal(counts: tuple[int, ...], limit: int, expected: tuple[int, ...]) -> None:
+    kinds = [("a", "good"), ("a", "dent"), ("b", "dent")]
+    found = [*entries(8), *labelled(dict(zip(kinds, counts, strict=True)))]
+    kept = chosen(found, "test", max_test_images=limit, test_balance="balanced")
+    assert tuple(Counter((e.class_name, e.defect) for e in kept)[kind] for kind in kinds) == expected
+
+
+def test_a_balance_is_recorded_where_it_is_set_alone(tmp_path: Path) -> None:
+    plain, balanced = DataConfig(max_test_images=50), DataConfig(max_test_images=50, test_balance="balanced")
+    assert "test_balance" not in recorded_fields(plain)
+    shards = write_shards(balanced, str(tmp_path / "shards"))
+    shards.check(balanced)
+    with pytest.raises(DataError, match=r"prepared with data.test_balance = balanced, the config says proportional"):
+        shards.check(plain)
+    with pytest.raises(DataError, match=r"prepared with data.test_balance = proportional, the config says balanced"):
+        write_shards(plain, str(tmp_path / "plain")).check(balanced)
+
+
 def test_limits_that_are_too_small_are_refused() -> None:
     found = [*entries(9), *entries(9, class_name="b"), *labelled({("a", "good"): 5, ("a", "x"): 5, ("b", "y"): 5})]
     with pytest.raises(ConfigError, match=r"^data.max_train_images is 3; 2 classes need at least 4"):
