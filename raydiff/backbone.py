@@ -26,7 +26,17 @@ from raydiff.config import Section
 from raydiff.core.diffusion import full_precision
 from raydiff.errors import ArtifactError, ConfigError, RaydiffError
 
-__all__ = ["Backbone", "BackboneOptions", "FeatureMaps", "Grid", "grid_size", "has_weights", "joined", "pooled"]
+__all__ = [
+    "Backbone",
+    "BackboneOptions",
+    "FeatureMaps",
+    "Grid",
+    "bounded",
+    "grid_size",
+    "has_weights",
+    "joined",
+    "pooled",
+]
 
 FeatureMaps = list[Tensor]
 """One (B, C_l, h_l, w_l) per level, finest first."""
@@ -189,6 +199,15 @@ def grid_size(grid: Grid, image_size: tuple[int, int]) -> tuple[int, int]:
 def joined(maps: FeatureMaps, size: tuple[int, int]) -> Tensor:
     """All levels on one grid, (B, sum of C_l, *size): finer ones averaged, coarser ones interpolated."""
     return torch.cat([_on_grid(level, size) for level in maps], dim=1)
+
+
+def bounded(deviation: Tensor) -> Tensor:
+    """Channels' deviations (D,) to divide by, none below a thousandth of the largest.
+
+    A channel that hardly ever moves on training images, as after a ReLU, would otherwise decide alone when it does.
+    """
+    largest = deviation.max()
+    return deviation.clamp(min=1e-3 * float(largest)) if largest > 0 else torch.ones_like(deviation)
 
 
 def pooled(maps: FeatureMaps) -> Tensor:

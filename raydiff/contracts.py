@@ -162,7 +162,7 @@ class Scorer(Protocol):
     """
 
     def timesteps(self, schedule: NoiseSchedule) -> list[int]:
-        """The steps that are looked at.
+        """The steps that the network is asked at.
 
         Raises:
             ConfigError: the schedule has too few steps for the options; asked for before training starts.

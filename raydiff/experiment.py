@@ -133,7 +133,12 @@ def _space_folder(run_dir: Path, origin: Mapping[str, Any]) -> Path | None:
 
 def _with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
     """A run can be resumed from another working directory, and its workers have their own."""
-    places = {"data.shards": config.data.shards, "data.dataset.source": getattr(config.data.dataset, "source", None)}
+    places = {
+        "data.shards": config.data.shards,
+        "data.dataset.source": getattr(config.data.dataset, "source", None),
+        "space.weights": getattr(config.space, "weights", None),
+        "scoring.feature_weights": getattr(config.scoring, "feature_weights", None),
+    }
     return config.override(
         {path: str(Path(place).resolve()) for path, place in places.items() if place and "://" not in place}
     )

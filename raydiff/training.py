@@ -318,7 +318,10 @@ class _Loop:
 
 
 class _Latents:
-    """Flipped, turned and encoded images; those of a costly space are remembered while they fit in ``max_bytes``."""
+    """Flipped, turned and encoded images; those of a costly space are remembered while they fit in ``max_bytes``.
+
+    They are kept in the machine's memory, not the GPU's, and beside the decoded images, which may take as much again.
+    """
 
     def __init__(self, space: Space, device: str, max_bytes: int) -> None:
         self._space, self._device = space, device
@@ -337,11 +340,12 @@ class _Latents:
             encoded = self._space.encode(torch.stack(changed).to(self._device))
             if not self._room:
                 return encoded
-        fresh = dict(zip(missing, encoded, strict=True)) if missing else {}
+        fresh = dict(zip(missing, encoded.cpu(), strict=True)) if missing else {}
         for i, latent in fresh.items():
             if len(self._known) < self._room:
                 self._known[keys[i]] = latent
-        return torch.stack([fresh[i] if i in fresh else self._known[key] for i, key in enumerate(keys)])
+        found = torch.stack([fresh[i] if i in fresh else self._known[key] for i, key in enumerate(keys)])
+        return found.to(self._device)
 
 
 def _turned(image: Tensor, flip: bool, turns: int) -> Tensor:

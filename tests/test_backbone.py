@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from raydiff import backbone as module
-from raydiff.backbone import Backbone, BackboneOptions, FeatureMaps, has_weights, joined, pooled
+from raydiff.backbone import Backbone, BackboneOptions, FeatureMaps, bounded, has_weights, joined, pooled
 from raydiff.errors import ArtifactError, ConfigError, RaydiffError
 from raydiff.testing import small_images
 
@@ -90,6 +90,12 @@ def test_levels_are_those_of_timms_own_features(lite0: Backbone) -> None:
         torch.testing.assert_close(
             lite0(images, lambda maps, level=level: maps[level]), expected[level], rtol=1e-3, atol=1e-3
         )
+
+
+def test_a_channel_that_hardly_moves_is_not_blown_up() -> None:
+    deviation = torch.tensor([2.0, 1e-9, 0.0, 0.5])
+    assert torch.equal(bounded(deviation), torch.tensor([2.0, 2e-3, 2e-3, 0.5]))
+    assert torch.equal(bounded(torch.zeros(3)), torch.ones(3))
 
 
 def test_only_the_layers_in_use_are_kept(tiny_file: Path) -> None:

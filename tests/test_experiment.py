@@ -120,6 +120,11 @@ def test_local_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyP
     begun = open_run(tmp_path / "run", config, resume=False)
     assert begun.data.shards == str(tmp_path / "s")
     assert begun.data.dataset.model_dump()["source"] == str(tmp_path / "parts")
+    networks = {"space": {"name": "feature", "weights": "a.pth"}}
+    networks["scoring"] = {"name": "conditioned", "feature_weights": "b.safetensors"}
+    begun = open_run(tmp_path / "run", config.override(networks), resume=False)
+    assert begun.space.model_dump()["weights"] == str(tmp_path / "a.pth")
+    assert begun.scoring.model_dump()["feature_weights"] == str(tmp_path / "b.safetensors")
     remote = config.override({"data.shards": "s3://bucket/s"})
     assert open_run(tmp_path / "run", remote, resume=False).data.shards == "s3://bucket/s"
 

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from raydiff.backbone import Backbone, BackboneOptions, pooled
+from raydiff.backbone import Backbone, BackboneOptions, bounded, pooled
 from raydiff.config import Options
 from raydiff.contracts import Scores
 from raydiff.errors import ArtifactError, DataError, RaydiffError, ShapeError
@@ -91,8 +91,7 @@ class RowBaseline(ABC):
         self._image_shape = tuple(images.shape[1:])
         if self._backbone is not None:
             rows = self._backbone.load()(images[kept], pooled)
-            deviation = rows.std(0, correction=0)
-            self._shift, self._scale = rows.mean(0), torch.where(deviation > 0, deviation, 1.0)
+            self._shift, self._scale = rows.mean(0), bounded(rows.std(0, correction=0))
         self._sample = self._rows(images[kept]).cpu()
         self._learn(self._sample.double().numpy())
 

@@ -22,7 +22,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
-from raydiff.backbone import Backbone, BackboneOptions, FeatureMaps, Grid, grid_size, joined
+from raydiff.backbone import Backbone, BackboneOptions, FeatureMaps, Grid, bounded, grid_size, joined
 from raydiff.config import Options as BaseOptions
 from raydiff.contracts import Scores
 from raydiff.core.diffusion import keyed_seed
@@ -97,8 +97,7 @@ class PatchKNN:
         generator = torch.Generator().manual_seed(keyed_seed("patch_knn", self.seed))
         chosen = torch.randperm(len(images), generator=generator)[: self.options.max_train_images].sort().values
         candidates, total = self._candidates(images[chosen], generator)
-        deviation = candidates.std(0, correction=0)
-        self._shift, self._scale = candidates.mean(0), torch.where(deviation > 0, deviation, 1.0)  # (D,)
+        self._shift, self._scale = candidates.mean(0), bounded(candidates.std(0, correction=0))  # (D,)
         candidates = (candidates - self._shift) / self._scale
         count = min(self.options.max_bank, len(candidates), max(_MIN_BANK, round(self.options.coreset_share * total)))
         kept = greedy_coreset(candidates, count, generator=generator, projected_dim=self.options.projected_dim)

@@ -56,7 +56,8 @@ class DataConfig(Section):
     )  # fmt: skip
     shard_mb: int = Field(128, gt=0, description="target size of a shard in MB", json_schema_extra=NO_EFFECT)
     cache_mb: int = Field(
-        1024, ge=0, description="keep decoded training images in memory when they fit in this many MB per worker",
+        1024, ge=0, description="keep decoded training images in memory when they fit in this many MB per worker; what"
+        " a network made of them for space feature may take as much again",
         json_schema_extra=NO_EFFECT,
     )  # fmt: skip
 

@@ -50,8 +50,9 @@ class InversionScorer(Judge):
         self.options = options
 
     def timesteps(self, schedule: NoiseSchedule) -> list[int]:
-        """The k steps, from the latent's down."""
-        return schedule.timesteps(round(self.options.top * (len(schedule) - 1)), self.options.num_inference_steps)
+        """Those of the k steps that the network is asked at: all but the latent's, unless that is the only one."""
+        steps = self._path(schedule)
+        return steps[1:] or steps
 
     def num_evaluations(self, model: Diffusion) -> int:  # noqa: ARG002
         """One per step: the latent itself is not evaluated."""
@@ -59,7 +60,7 @@ class InversionScorer(Judge):
 
     def measure(self, model: Diffusion, x: Tensor) -> Tensor:
         """Squares, mean over channels, (B, K, H, W): K is k + (k - 1) + (k - 2) of the path, and 1 of the latent."""
-        steps = self.timesteps(model.schedule)
+        steps = self._path(model.schedule)
         inversion = ddim_invert(model.predict, model.schedule, x, steps, model.prediction_type)
         maps = [] if self.options.statistic == "latent" else _of_path(inversion, steps, len(model.schedule))
         if self.options.statistic != "path":
@@ -69,6 +70,10 @@ class InversionScorer(Judge):
     def reconstruct(self, model: Diffusion, x: Tensor) -> Tensor | None:  # noqa: ARG002
         """None: the way back from the latent ends at the image itself, normal or not."""
         return None
+
+    def _path(self, schedule: NoiseSchedule) -> list[int]:
+        """The k steps, from the latent's down."""
+        return schedule.timesteps(round(self.options.top * (len(schedule) - 1)), self.options.num_inference_steps)
 
 
 def _of_path(inversion: Inversion, steps: list[int], num_train_timesteps: int) -> list[Tensor]:

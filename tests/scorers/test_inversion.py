@@ -1,9 +1,14 @@
 """``inversion`` where the whole path is known in closed form, and what its two sides find."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from raydiff.config import ExperimentConfig
 from raydiff.core.schedule import make_schedule
+from raydiff.detector.building import build_scorer
+from raydiff.errors import ConfigError
 from raydiff.scorers import inversion
 from raydiff.testing import OracleDenoiser
 
@@ -25,7 +30,7 @@ def test_gaussian_data_become_a_standard_normal_latent():
 
 
 def test_the_path_is_what_was_read_on_the_way():
-    steps, abar = build(num_inference_steps=3).timesteps(SCHEDULE), SCHEDULE.alphas_cumprod
+    steps, abar = SCHEDULE.timesteps(999, 3), SCHEDULE.alphas_cumprod
     x = ORACLE.sample((2, 1, 4, 4)).double()
 
     def epsilon(x_t, t):
@@ -45,6 +50,26 @@ def test_the_path_is_what_was_read_on_the_way():
     both = build(num_inference_steps=3).measure(ORACLE.model(), x.float())
     assert torch.equal(both[:, :-1], evidence)
     assert high == 999
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_the_steps_looked_at_are_those_that_the_network_is_asked_at(count):
+    """The latent's own step needs no training, unless it is the only one."""
+    scorer, asked = build(num_inference_steps=count, top=0.5), set()
+
+    def watching(x_t, t, condition=None):
+        asked.update(t.tolist())
+        return ORACLE(x_t, t, condition)
+
+    scorer.measure(replace(ORACLE.model(), denoiser=watching, chunk_size=2), ORACLE.sample((2, 1, 8, 8)))
+    assert asked == set(scorer.timesteps(SCHEDULE))
+    scoring = {"name": "inversion", "top": 0.5, "num_inference_steps": count}
+    config = ExperimentConfig().override({"objective.step_range": [0.0, 0.45], "scoring": scoring})
+    if count == 1:
+        with pytest.raises(ConfigError, match="scoring inversion looks at step"):
+            build_scorer(config, 1)
+    else:
+        build_scorer(config, 1)
 
 
 @pytest.mark.parametrize(("statistic", "maps"), [("path", 12), ("latent", 1), ("both", 13)])
