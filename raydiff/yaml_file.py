@@ -44,7 +44,11 @@ def read_mapping(path: str | Path, kind: str, content: str) -> dict[str, Any]:
         ConfigError: it is missing, unreadable, no YAML or no mapping, or has a key twice; names the file.
     """
     try:
-        data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
+        loader = _Loader(Path(path).read_text(encoding="utf-8"))
+        try:
+            data = loader.get_single_data()
+        finally:
+            loader.dispose()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a {kind} file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
