@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -80,7 +81,8 @@ class OneClassSVM(RowBaseline):
             self._centre, self._width = np.zeros_like(deviation), np.ones_like(deviation)
         z = (rows - self._centre) / self._width
         self._gamma = self._kernel_gamma(z)
-        model = OCSVM(nu=self.options.nu, gamma=self._gamma).fit(z)
+        with _kept_generator():
+            model = OCSVM(nu=self.options.nu, gamma=self._gamma).fit(z)
         self._support = rows[model.support_]  # (M, D)
         self._coefficients = np.ascontiguousarray(model.dual_coef_[0])  # (M,)
         self._intercept = float(model.intercept_[0])
@@ -110,6 +112,16 @@ class OneClassSVM(RowBaseline):
             return self.options.gamma
         variance = float(z.var()) if self.options.gamma == "scale" else 1.0
         return 1 / (z.shape[1] * variance) if variance > 0 else 1.0
+
+
+@contextmanager
+def _kept_generator() -> Iterator[None]:
+    """scikit-learn draws a seed for libsvm from numpy's global generator; a one-class fit does not use it."""
+    state = np.random.get_state()
+    try:
+        yield
+    finally:
+        np.random.set_state(state)
 
 
 def build(options: Options, *, seed: int) -> OneClassSVM:
