@@ -129,7 +129,13 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tmp_path: Path) -> 
     command = [sys.executable, "-m", "raydiff", "benchmark", str(path), "--out", str(tmp_path / "out"),
                "--num-workers", "1"]  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
+    ) as process:
         deadline = time.monotonic() + 200
         while not finished_cells(tmp_path / "out") and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
