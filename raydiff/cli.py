@@ -184,10 +184,7 @@ def score(
 @click.option("--out", type=_Folder(), metavar="FILE", help="[report.html beside RESULTS]")
 @click.option("--title", default="raydiff results", show_default=True)
 def report(results: Path, out: Path | None, title: str) -> None:
-    """Draw the report of a results.jsonl again, as one HTML file that needs nothing else.
-
-    That of a benchmark, too, with its default metrics; the benchmark's own command draws it as the suite asks.
-    """
+    """Draw the report of a results.jsonl, a benchmark's too, again, as one HTML file that needs nothing else."""
     from raydiff.benchmark_command import redraw
     from raydiff.report import write_report
     from raydiff.results import load_evaluations
@@ -224,7 +221,7 @@ def benchmark(
 
     \b
     raydiff benchmark examples/suites/quick.yaml
-    raydiff benchmark examples/suites/cifar10.yaml --data /data --only "*/cifar10/ship/*"
+    raydiff benchmark examples/suites/cifar10.yaml --data /data --only "*/CIFAR-10/ship/*"
     """
     from contextlib import ExitStack
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
 
-__all__ = ["ClassNames"]
+__all__ = ["ClassNames", "DigitNames", "checked_names"]
 
 
 def _as_names(value: Any) -> Any:
@@ -21,3 +22,21 @@ def _is_number(value: Any) -> bool:
 
 ClassNames = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
 """``["3", "5"]``, ``[3, 5]``, ``"8"`` or ``8``: kept, and written out, as strings."""
+
+
+def checked_names(names: tuple[str, ...], known: Collection[str], unknown: str, what: str) -> tuple[str, ...]:
+    """The names, once each and all known, or a ValueError: ``'x' <unknown>``, or ``... names a <what> twice``."""
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{name!r} {unknown}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"{', '.join(names)} names a {what} twice; name each once")
+    return names
+
+
+def _digits(names: tuple[str, ...]) -> tuple[str, ...]:
+    return checked_names(names, set("0123456789"), 'is no digit; write digits as "0" to "9"', "digit")
+
+
+DigitNames = Annotated[ClassNames, AfterValidator(_digits)]
+"""Digits from "0" to "9", once each."""

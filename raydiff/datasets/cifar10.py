@@ -32,7 +32,7 @@ from raydiff.config import NO_EFFECT
 from raydiff.config import Options as BaseOptions
 from raydiff.contracts import Entry
 from raydiff.datasets._class_folders import ClassDataset, list_folders
-from raydiff.datasets._class_names import ClassNames
+from raydiff.datasets._class_names import ClassNames, checked_names
 from raydiff.datasets._download import fetch
 from raydiff.datasets._fingerprint import fingerprint
 from raydiff.errors import DataError
@@ -64,12 +64,7 @@ class Options(BaseOptions):
     @field_validator("normal", mode="after")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for name in value:
-            if name not in CLASSES:
-                raise ValueError(f"{name!r} is no class of CIFAR-10; there are: {', '.join(CLASSES)}")
-        if len(set(value)) != len(value):
-            raise ValueError(f"{', '.join(value)} names a class twice; name each once")
-        return value
+        return checked_names(value, CLASSES, f"is no class of CIFAR-10; there are: {', '.join(CLASSES)}", "class")
 
 
 @dataclass(frozen=True)
