@@ -108,9 +108,11 @@ class RayWorkers:
         return None
 
     def cancel(self) -> None:
-        """Kill what runs. Nothing that is finished is lost, and a training goes on from its last checkpoint."""
-        for ref in self._running:
-            ray.cancel(ref, force=True)
+        """Forget what runs: it ends with the Ray session, or with this driver where the session is another's.
+
+        Nothing that is finished is lost, and a training goes on from its last checkpoint. There is no ``ray.cancel``:
+        when a task ends while it is being cancelled, Ray 2.60 aborts the process ("task that was not pending").
+        """
         self._running.clear()
 
 
