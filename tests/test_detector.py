@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -196,6 +197,26 @@ def test_calibration_keeps_no_map(detector: DiffusionDetector, digit_images: Ten
 def test_three_images_are_no_calibration(detector: DiffusionDetector, digit_images: Tensor) -> None:
     with pytest.raises(ConfigError, match="needs at least 4"):
         detector.calibrate(digit_images[:3])
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "knn"])
+def test_calibration_may_be_limited_to_the_first_images(
+    kind: str, tiny_config: ExperimentConfig, detector: DiffusionDetector, digit_shards: ShardSet, digit_images: Tensor
+) -> None:
+    limited = tiny_config.override({"calibration.max_images": 11})
+    whole: Detector = detector if kind == "diffusion" else next(fit_baselines(tiny_config, digit_shards, [kind]))
+    few = replace(whole, config=limited).calibrate(_no_more_than(digit_images, 12, batch=4))
+    expected = whole.calibrate(digit_images[:11])
+    assert few.files()["calibration.json"] == expected.files()["calibration.json"]
+    assert few.files()["statistics.safetensors"] == expected.files()["statistics.safetensors"]
+    assert few.calibration is not None
+    assert few.calibration.threshold.num_images == 11
+
+
+def _no_more_than(images: Tensor, limit: int, batch: int) -> Iterator[Tensor]:
+    """Batches; that more than ``limit`` images are asked for is an error."""
+    yield from images[:limit].split(batch)
+    raise AssertionError("a batch that is not needed was asked for")
 
 
 def test_another_target_rate_needs_no_scoring(detector: DiffusionDetector) -> None:

@@ -145,6 +145,12 @@ class CalibrationConfig(Section):
     folds: int = Field(
         5, ge=2, description="scores for the threshold come from statistics fitted without the image's own fold"
     )
+    max_images: int | None = Field(
+        None,
+        ge=4,
+        description="statistics and threshold from at most so many calibration normals, in stored order; all by default",
+        json_schema_extra=WHERE_SET,
+    )
 
 
 class ExecutionConfig(Section):

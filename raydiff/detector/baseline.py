@@ -51,8 +51,7 @@ class BaselineDetector(Detector):
 
     def calibrate(self, images: Tensor | Iterable[Tensor], *, data_digest: str | None = None) -> Self:
         """The threshold from the scores of normal images that the baseline was not fitted on."""
-        batches = [images] if isinstance(images, Tensor) else images
-        scores = Scores.concatenate([with_peaks(self.score(batch)) for batch in batches])
+        scores = Scores.concatenate([with_peaks(self.score(batch)) for batch in self._calibration_batches(images)])
         return replace(self, calibration=self._make_calibration(scores, data_digest), artifact_digest=None)
 
     @property

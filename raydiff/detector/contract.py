@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -106,7 +106,10 @@ class Detector(ABC):
 
     @abstractmethod
     def calibrate(self, images: Tensor | Iterable[Tensor], *, data_digest: str | None = None) -> Self:
-        """A calibrated copy, from normal images that it was not trained on: (n, C, H, W), or batches of them."""
+        """A calibrated copy, from normal images that it was not trained on: (n, C, H, W), or batches of them.
+
+        With ``config.calibration.max_images`` only the first so many are looked at.
+        """
 
     def with_target_fpr(self, target_fpr: float) -> Self:
         """A copy whose threshold answers another false-positive rate, from the same calibration scores."""
@@ -178,6 +181,16 @@ class Detector(ABC):
             raise ShapeError(
                 f"images span {float(images.min()):.3g} to {float(images.max()):.3g}; they must lie in [-1, 1]"
             )
+
+    def _calibration_batches(self, images: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+        """As many of the images, in order, as ``config.calibration.max_images`` allows; no later batch is asked for."""
+        left = self.config.calibration.max_images
+        for batch in [images] if isinstance(images, Tensor) else images:
+            yield batch[:left]
+            if left is not None:
+                left -= len(batch)
+                if left <= 0:
+                    return
 
     def _make_calibration(self, scores: Scores, data_digest: str | None) -> Calibration:
         """From normal images' scores; maps may be :func:`with_peaks`'."""

@@ -99,8 +99,7 @@ class DiffusionDetector(Detector):
         fit it would look more normal than a new image does, and the threshold would be too low.
         The evidence, 4 K H W bytes an image, is held in memory.
         """
-        batches = [images] if isinstance(images, Tensor) else images
-        evidence = torch.cat([self._measured(batch) for batch in batches])
+        evidence = torch.cat([self._measured(batch) for batch in self._calibration_batches(images)])
         if len(evidence) < _MIN_CALIBRATION:
             raise ConfigError(
                 f"{len(evidence)} calibration image(s); a threshold needs at least {_MIN_CALIBRATION}, better 20 or"
