@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ __all__ = [
     "Scores",
     "Space",
     "Split",
+    "StepScorer",
 ]
 
 Split = Literal["train", "calibration", "test"]
@@ -201,7 +202,10 @@ class Scorer(Protocol):
         ...
 
     def judge(self, evidence: Tensor, statistics: Mapping[str, Tensor], image_size: tuple[int, int]) -> Scores:
-        """Scores and maps (at ``image_size``) from evidence (B, K, H, W); row i depends on evidence row i alone."""
+        """Scores and maps (at ``image_size``) from evidence (B, K, H, W); row i depends on evidence row i alone.
+
+        Image scores are the same whatever ``image_size``.
+        """
         ...
 
     def surrogate(self, evidence: Tensor, statistics: Mapping[str, Tensor]) -> Tensor:
@@ -218,6 +222,26 @@ class Scorer(Protocol):
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`state` gave."""
+        ...
+
+
+@runtime_checkable
+class StepScorer(Scorer, Protocol):
+    """A :class:`Scorer` that may also measure step by step, so that no step is measured twice in a sweep.
+
+    Optional: a sweep measures any other scorer anew for each choice of steps. The options that choose the steps are
+    called ``start``, ``stop`` and ``num_inference_steps``; evidence of given steps does not depend on them.
+    """
+
+    def by_step(self, model: Diffusion) -> bool:
+        """Whether, with these options and this model, evidence of a step depends on that step alone."""
+        ...
+
+    def measure_steps(self, model: Diffusion, x: Tensor, steps: list[int]) -> Tensor:
+        """Evidence at other steps, (B, K, H, W); at :meth:`timesteps` that of :meth:`measure`, bit for bit.
+
+        Where :meth:`by_step` holds, map k depends on ``steps[k]``, not on the other steps, bit for bit.
+        """
         ...
 
 

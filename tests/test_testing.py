@@ -15,6 +15,8 @@ from raydiff import config, registry, testing
 from raydiff.contracts import Scores
 from raydiff.core.schedule import make_schedule, predict_epsilon, predict_x0
 from raydiff.images import encode_png, to_uint8
+from raydiff.judgement import Judge, JudgeOptions
+from raydiff.scorers._steps import at_steps
 from raydiff.testing import OracleDenoiser, check_dataset, planted_defect, small_images
 
 # --- the oracle -------------------------------------------------------------------------------------------------------
@@ -289,11 +291,60 @@ class Understates(NoisePerImage):
         return (model.predict_x0(x_t, t) - model.predict_x0(x_t, t) + model.predict_x0(x_t, t) - x).square()
 
 
+class SizeMatters(Judge):
+    """Right but for this."""
+
+    def __init__(self):
+        super().__init__(JudgeOptions(name="planted"))
+
+    def num_evaluations(self, model):
+        return 1
+
+    def measure(self, model, x):
+        return self.measure_steps(model, x, [10])
+
+    def measure_steps(self, model, x, steps):
+        x_t, t, repeated = at_steps(model, x, steps)
+        errors = (model.predict_x0(x_t, t) - repeated).square().mean(1)
+        return errors.reshape(len(x), len(steps), *x.shape[2:])
+
+    def judge(self, evidence, statistics, image_size):
+        scores = super().judge(evidence, statistics, image_size)
+        return Scores(scores.map.amax((1, 2, 3)), scores.map)
+
+    def reconstruct(self, model, x):
+        return None
+
+
+class StepsMatter(SizeMatters):
+    """Says that steps stand alone, and compares each with their mean."""
+
+    judge = Judge.judge
+
+    def num_evaluations(self, model):
+        return 3
+
+    def timesteps(self, schedule):
+        return [5, 10, 15]
+
+    def by_step(self, model):
+        return True
+
+    def measure(self, model, x):
+        return self.measure_steps(model, x, self.timesteps(model.schedule))
+
+    def measure_steps(self, model, x, steps):
+        errors = super().measure_steps(model, x, steps)
+        return errors + errors.mean(1, keepdim=True)
+
+
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
         (NoisePerImage, r"\(measure\): (a second call|batches of 1|the order|depends)"),
         (Understates, ": says it costs 1 evaluations per image and spends 3"),
+        (SizeMatters, ": image scores depend on the size of the maps"),
+        (StepsMatter, ": evidence of a step depends on the other steps"),
     ],
 )
 def test_a_broken_scorer_is_caught(plant, broken, message):

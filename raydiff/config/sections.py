@@ -148,7 +148,7 @@ class CalibrationConfig(Section):
     max_images: int | None = Field(
         None,
         ge=4,
-        description="statistics and threshold from at most so many calibration normals, in stored order; all by default",
+        description="statistics and threshold from the first so many calibration normals at most; all by default",
         json_schema_extra=WHERE_SET,
     )
 

@@ -88,9 +88,13 @@ class DiffusionDetector(Detector):
         scorer = build_scorer(config, int(self.provenance["num_classes"]))
         return replace(self, config=config, scorer=scorer, statistics={}, calibration=None, artifact_digest=None)
 
+    def encode(self, images: Tensor) -> Tensor:
+        """What is diffused, (B, *space.shape) on the device of ``images``: what :meth:`measure` gives the scorer."""
+        return self.space.encode(images.to(self.device)).to(images.device)
+
     def measure(self, images: Tensor) -> Tensor:
         """The scorer's evidence, (B, K, H, W): what costs network evaluations."""
-        return self.scorer.measure(self.model, self._encode(images))
+        return self.scorer.measure(self.model, self.encode(images))
 
     def calibrate(self, images: Tensor | Iterable[Tensor], *, data_digest: str | None = None) -> Self:
         """Statistics from all images; the threshold from scores cross-fitted over ``config.calibration.folds``.
@@ -100,6 +104,15 @@ class DiffusionDetector(Detector):
         The evidence, 4 K H W bytes an image, is held in memory.
         """
         evidence = torch.cat([self._measured(batch) for batch in self._calibration_batches(images)])
+        return self.calibrate_measured(evidence, data_digest=data_digest)
+
+    def calibrate_measured(self, evidence: Tensor, *, data_digest: str | None = None) -> Self:
+        """:meth:`calibrate` from what :meth:`measure` gave of the calibration normals, (n, K, H, W), in order.
+
+        Raises:
+            ConfigError: there are fewer than 4 images.
+        """
+        evidence = evidence[: self.config.calibration.max_images]
         if len(evidence) < _MIN_CALIBRATION:
             raise ConfigError(
                 f"{len(evidence)} calibration image(s); a threshold needs at least {_MIN_CALIBRATION}, better 20 or"
@@ -129,7 +142,7 @@ class DiffusionDetector(Detector):
         """See :meth:`Detector.surrogate`: the scorer's, of evidence measured with gradients."""
         if not self.has_gradient:
             return super().surrogate(images)
-        evidence = self.scorer.measure(replace(self.model, differentiable=True), self._encode(images))
+        evidence = self.scorer.measure(replace(self.model, differentiable=True), self.encode(images))
         return self.scorer.surrogate(evidence, self.statistics)
 
     def _measured(self, images: Tensor) -> Tensor:
@@ -140,11 +153,8 @@ class DiffusionDetector(Detector):
         return self.scorer.judge(self.measure(images), self.statistics, self.config.data.image_size)
 
     def _reconstruct(self, images: Tensor) -> Tensor | None:
-        latents = self.scorer.reconstruct(self.model, self._encode(images))
+        latents = self.scorer.reconstruct(self.model, self.encode(images))
         return None if latents is None else self.space.decode(latents)
-
-    def _encode(self, images: Tensor) -> Tensor:
-        return self.space.encode(images.to(self.device)).to(images.device)
 
     def _describe(self) -> dict[str, Any]:
         return {"kind": "diffusion"}

@@ -104,12 +104,24 @@ class Contrast(Judge):
             ConfigError: as :meth:`check`.
             ShapeError: images that are turned must be square.
         """
+        return self.measure_steps(model, x, self.timesteps(model.schedule))
+
+    def by_step(self, model: Diffusion) -> bool:  # noqa: ARG002
+        """Yes where the true condition is known; with classes it is the one that fits best over all steps."""
+        return self.options.condition == "rotation"
+
+    def measure_steps(self, model: Diffusion, x: Tensor, steps: list[int]) -> Tensor:
+        """The same at other steps.
+
+        Raises:
+            ConfigError, ShapeError: as :meth:`measure`.
+        """
         count = self._num_conditions(model)
         if self.options.rotations > 1 and x.shape[2] != x.shape[3]:
             raise ShapeError(f"images are {x.shape[2]} x {x.shape[3]}; scoring.rotations 4 needs square ones")
         contrasts = []
         for turn in range(self.options.rotations):
-            errors = self._errors(model, torch.rot90(x, turn, (-2, -1)), count)  # (conditions, B, K, H, W)
+            errors = self._errors(model, torch.rot90(x, turn, (-2, -1)), steps, count)  # (conditions, B, K, H, W)
             errors = torch.rot90(errors, -turn, (-2, -1))
             truth = self._truth(errors, turn)
             true = errors[truth, torch.arange(len(x))]  # (B, K, H, W)
@@ -141,9 +153,8 @@ class Contrast(Judge):
         # errors of unknown variance, which is much too sure of itself for the D dependent pixels of an image.
         return ((true_mean.log() - all_means.log()) / self.options.temperature).logsumexp(0)
 
-    def _errors(self, model: Diffusion, x: Tensor, count: int) -> Tensor:
+    def _errors(self, model: Diffusion, x: Tensor, steps: list[int], count: int) -> Tensor:
         """Squared error of the predicted clean image, mean over channels, per condition, (conditions, B, K, H, W)."""
-        steps = self.timesteps(model.schedule)
         x_t, t, repeated = at_steps(model, x, steps)
         errors = [
             (model.predict_x0(x_t, t, torch.full_like(t, label)) - repeated).square().mean(1) for label in range(count)

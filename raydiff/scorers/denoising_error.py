@@ -51,7 +51,14 @@ class DenoisingError(Judge):
 
     def measure(self, model: Diffusion, x: Tensor) -> Tensor:
         """Squared error of the predicted clean image, mean over channels, (B, K, H, W)."""
-        steps = self.timesteps(model.schedule)
+        return self.measure_steps(model, x, self.timesteps(model.schedule))
+
+    def by_step(self, model: Diffusion) -> bool:
+        """Yes, but where the class that fits best is sought, over all steps."""
+        return len(self._conditions(model)) == 1
+
+    def measure_steps(self, model: Diffusion, x: Tensor, steps: list[int]) -> Tensor:
+        """The same at other steps."""
         repeats = range(self.options.num_repeats)
         per_class = [
             torch.stack([self._errors(model, x, steps, repeat, condition) for repeat in repeats]).mean(0)

@@ -57,7 +57,14 @@ class ScoreNorms(Judge):
 
     def measure(self, model: Diffusion, x: Tensor) -> Tensor:
         """(1 - abar_t) |score|^2, mean over channels, (B, L, H, W): the squared norm's share of each pixel."""
-        steps = self.timesteps(model.schedule)
+        return self.measure_steps(model, x, self.timesteps(model.schedule))
+
+    def by_step(self, model: Diffusion) -> bool:  # noqa: ARG002
+        """Yes."""
+        return True
+
+    def measure_steps(self, model: Diffusion, x: Tensor, steps: list[int]) -> Tensor:
+        """The same at other levels."""
         x_t, t, _ = at_steps(model, x, steps, noised=self.options.start_from == "noised")
         return model.predict_epsilon(x_t, t).square().mean(1).cpu().reshape(len(x), len(steps), *x.shape[2:])
 

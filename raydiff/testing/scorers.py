@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raydiff.contracts import Scorer
+from raydiff import registry
+from raydiff.contracts import Scorer, StepScorer
 from raydiff.core.diffusion import Diffusion
 from raydiff.core.schedule import PredictionType, make_schedule
 from raydiff.errors import ConfigError
-from raydiff.testing._rows import build, check_rows, require, tensors, untouched_generators
+from raydiff.testing._rows import build, check_rows, equal, require, tensors, untouched_generators
 from raydiff.testing.images import planted_defect, small_images
 from raydiff.testing.oracle import OracleDenoiser, TurnedOracle
 
@@ -21,6 +22,7 @@ __all__ = ["check_scorer"]
 def check_scorer(name: str, **fields: Any) -> None:
     """Evidence and maps of the right shape, rows that stand alone, gradients, an honest NFE, and a defect found.
 
+    Of a :class:`raydiff.contracts.StepScorer` also that steps stand alone.
     A scorer whose ``check`` refuses an unconditional denoiser gets one that is told of quarter turns.
     """
     what = f"scorer {name!r}"
@@ -35,6 +37,8 @@ def check_scorer(name: str, **fields: Any) -> None:
         _check_evidence(what, scorer, oracle, shape)
         _check_scorer_rows(what, scorer, oracle, shape)
         _check_gradients(what, scorer, oracle, shape)
+        if isinstance(scorer, StepScorer):
+            _check_steps(what, scorer, _at_other_steps(name, fields), oracle, shape)
 
 
 def _needs_condition(scorer: Scorer) -> bool:
@@ -43,6 +47,14 @@ def _needs_condition(scorer: Scorer) -> bool:
     except ConfigError:
         return True
     return False
+
+
+def _at_other_steps(name: str, fields: dict[str, Any]) -> StepScorer:
+    """The scorer with other values of the options that choose the steps, as far as it has them."""
+    known = registry.component("scorers", name).Options.model_fields
+    others = {"num_inference_steps": 1, "start": 0.3}
+    scorer: StepScorer = build("scorers", name, {**fields, **{k: v for k, v in others.items() if k in known}})
+    return scorer
 
 
 def _oracle(
@@ -86,8 +98,11 @@ def _check_evidence(what: str, scorer: Scorer, oracle: OracleDenoiser, shape: tu
     require(bool(evidence.isfinite().all()), f"{what}: evidence is not finite")
     spent, claimed = counter.rows / len(x), scorer.num_evaluations(model)
     require(spent == claimed, f"{what}: says it costs {claimed} evaluations per image and spends {spent:g}")
+    statistics = scorer.fit(evidence)
+    plain = scorer.judge(evidence, statistics, shape[1:]).image
     for size in (tuple(shape[1:]), (shape[1] * 2, shape[2] * 3)):
-        scores = scorer.judge(evidence, scorer.fit(evidence), (size[0], size[1]))
+        scores = scorer.judge(evidence, statistics, (size[0], size[1]))
+        require(equal([scores.image], [plain]), f"{what}: image scores depend on the size of the maps")
         require(tuple(scores.image.shape) == (len(x),), f"{what}: scores are {tuple(scores.image.shape)}")
         require(bool(scores.image.isfinite().all()), f"{what}: a score is not finite")
         if scores.map is not None:
@@ -121,6 +136,25 @@ def _check_scorer_rows(what: str, scorer: Scorer, oracle: OracleDenoiser, shape:
     check_rows(f"{what} (judge)", lambda rows: tensors(scorer.judge(rows, statistics, size)), scorer.measure(model, x))
     other_seed = scorer.fit(scorer.measure(oracle.model(seed=1), x))
     require(other_seed.keys() == statistics.keys(), f"{what}: the names of its statistics depend on the data")
+
+
+def _check_steps(
+    what: str, scorer: StepScorer, fewer: StepScorer, oracle: OracleDenoiser, shape: tuple[int, int, int]
+) -> None:
+    """Evidence of a step is the same alone and among others, whichever steps the options choose."""
+    model = oracle.model()
+    x, steps = oracle.sample((5, *shape), seed=8), scorer.timesteps(model.schedule)
+    whole = scorer.measure(model, x)
+    require(equal([scorer.measure_steps(model, x, steps)], [whole]), f"{what}: measure_steps is not measure")
+    if not scorer.by_step(model):
+        return
+    require(whole.shape[1] == len(steps), f"{what}: is by step and gives {whole.shape[1]} maps for {len(steps)} steps")
+    spent = scorer.num_evaluations(model)
+    require(spent % len(steps) == 0, f"{what}: is by step and spends {spent} evaluations on {len(steps)} steps")
+    alone = torch.cat([fewer.measure_steps(model, x, [step]) for step in steps], 1)
+    require(equal([alone], [whole]), f"{what}: evidence of a step depends on the other steps, or on which are chosen")
+    backwards = scorer.measure_steps(model, x, steps[::-1]).flip(1)
+    require(equal([backwards], [whole]), f"{what}: evidence of a step depends on the order of the steps")
 
 
 def _check_gradients(what: str, scorer: Scorer, oracle: OracleDenoiser, shape: tuple[int, int, int]) -> None:
