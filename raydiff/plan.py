@@ -21,7 +21,7 @@ from raydiff.errors import ConfigError
 from raydiff.shards.layout import recorded_fields
 from raydiff.suite import Method, Resources, Suite, load_suite, merged
 
-__all__ = ["Cell", "Plan", "Training", "plan"]
+__all__ = ["Cell", "Plan", "Training", "plan", "training_scoring"]
 
 _PATHS = ("source", "mnist")
 """Options of data sets that are relative to ``--data``."""
@@ -164,7 +164,7 @@ class _Layout:
         )  # fmt: skip
 
     def _add_training(self, method: Method, config: ExperimentConfig, shards: str, dataset: str, category: str) -> str:
-        fitted = config.model_copy(update={"scoring": _training_scoring(config)})
+        fitted = config.model_copy(update={"scoring": training_scoring(config)})
         unusual, resources = _unusual(config.data), self._suite.training(method.training or "")[1]
         more = [*([unusual] if unusual else []), *_threads(resources)]
         key = _short([fitted.digest(), *more] if more else fitted.digest())
@@ -261,7 +261,7 @@ def _one_line(error: Exception) -> str:
     return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
-def _training_scoring(config: ExperimentConfig) -> Options:
+def training_scoring(config: ExperimentConfig) -> Options:
     """What a training's own artefact scores with, one step that it knows; every method replaces it."""
     low, high = config.objective.step_range
     fields = {"name": "denoising_error", "num_inference_steps": 1, "start": low, "stop": high}

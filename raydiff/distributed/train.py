@@ -38,7 +38,7 @@ from raydiff.shards import ShardSet, TrainingBatch, TrainingOrder, fits_in_memor
 from raydiff.tracking import MetricsLog, read_metrics
 from raydiff.training import Stream, train
 
-__all__ = ["RayRuntime", "fit"]
+__all__ = ["RayRuntime", "fit", "in_a_thread"]
 
 _FAILURE = "failure.json"
 _POLL_S = 0.5
@@ -96,7 +96,7 @@ def _run(config: ExperimentConfig, run_dir: Path, shards: ShardSet) -> Any:
         ),
     )
     try:
-        result = _in_a_thread(trainer.fit)
+        result = in_a_thread(trainer.fit)
     except TrainingFailedError as error:
         _raise_recorded(run_dir)
         raise WorkerError(f"{run_dir}: {_reason(error)}; resume with: raydiff fit --resume {run_dir}") from error
@@ -108,7 +108,7 @@ def _run(config: ExperimentConfig, run_dir: Path, shards: ShardSet) -> Any:
     return result.checkpoint
 
 
-def _in_a_thread(call: Callable[[], Any]) -> Any:
+def in_a_thread(call: Callable[[], Any]) -> Any:
     """The call's result or error, with Ctrl-C left to this thread.
 
     In the main thread Ray Train takes Ctrl-C over and ends the process with its own exit code. Here it stays a

@@ -1,0 +1,367 @@
+"""A sweep on Ray Tune with Optuna: trials, their study, what is done with trials that are stopped or fail.
+
+Optuna proposes combinations of the parameters that change weights; a trial trains its networks and searches the other
+parameters on them (:mod:`raydiff.distributed.second_level`). The study is an ordinary Optuna study, the trial's value
+that of its best setting. Small trials are plain functions in actors that are used again; only trials of several workers
+start Ray Train inside.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import ray
+from optuna.trial import FrozenTrial, TrialState
+from ray import tune
+from ray.tune.search.optuna import OptunaSearch
+
+from raydiff.config import ExperimentConfig
+from raydiff.distributed.cluster import room_for
+from raydiff.distributed.points import own_point, stored_point
+from raydiff.distributed.second_level import best_of, sampler_of, search_settings, values_of
+from raydiff.distributed.train import in_a_thread
+from raydiff.errors import ConfigError, RaydiffError
+from raydiff.journal import write_whole
+from raydiff.search_space import SearchSpace
+from raydiff.shards import ShardSet
+from raydiff.sweep.jobs import TRAINING, Fit, Job, stopped, train_networks
+from raydiff.sweep_records import append_trainings
+
+__all__ = ["Ended", "finished_trials", "fit_of", "open_study", "search"]
+
+_FAILURE = "failure.json"
+_MAX_RETRIES = 2
+_ATTRIBUTE = "raydiff"
+_DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A trial that has ended, for who watches: ``value`` of the first objective, None unless it is complete."""
+
+    number: int
+    state: str
+    value: float | None
+    seconds: float
+    num_done: int
+    num_trials: int
+    best: float | None
+    failure: str = ""
+
+
+def open_study(space: SearchSpace, *, storage: str, name: str, identity: Mapping[str, str]) -> optuna.Study:
+    """The study of that name, new or gone on with.
+
+    Args:
+        space: whose objectives and sampler it has.
+        storage: an SQLAlchemy URL, ``sqlite:///...``, ``postgresql://...``, ``mysql://...``.
+        name: of the study.
+        identity: what must be the same for its trials to be comparable: digests of the space, the config, the data.
+
+    Raises:
+        ConfigError: the storage cannot be reached, or the study was made for something else.
+    """
+    optuna.logging.set_verbosity(logging.ERROR)
+    try:
+        database = optuna.storages.RDBStorage(storage, skip_compatibility_check=False)
+        names = {summary.study_name for summary in optuna.get_all_study_summaries(database, include_best_trial=False)}
+        if name in names:
+            study = optuna.load_study(study_name=name, storage=database, sampler=_sampler(space, database, name))
+            _check_same(study, identity, storage)
+            return study
+        directions = list(space.directions())
+        study = optuna.create_study(
+            study_name=name, storage=database, directions=directions, sampler=sampler_of(space, space.sampler_seed)
+        )
+    except ConfigError:
+        raise
+    except ImportError as error:
+        raise ConfigError(f"--storage {_hidden(storage)}: {error}; install that driver, or leave --storage out") from error
+    except Exception as error:  # whatever the driver raises
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"--storage {_hidden(storage)}: cannot be reached ({type(error).__name__}: {reason}); see that the server"
+            " runs and the URL is right, or leave --storage out for a file"
+        ) from error
+    study.set_user_attr(_ATTRIBUTE, dict(identity))
+    study.set_metric_names([objective.name for objective in space.objectives])
+    return study
+
+
+def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """Those that have ended: complete, stopped early, or failed."""
+    return study.get_trials(deepcopy=False, states=_DONE)
+
+
+def search(
+    space: SearchSpace,
+    config: ExperimentConfig,
+    out: Path,
+    shards: ShardSet,
+    study: optuna.Study,
+    *,
+    on_ended: Callable[[Ended], None] = lambda _: None,
+) -> None:
+    """Run the trials that are left. Trials that a killed driver left running are taken up, none is run twice.
+
+    Args:
+        space: checked against ``config``.
+        config: what the sweep begins with.
+        out: a folder that every node can reach.
+        shards: what to train on; the test split is not opened.
+        study: from :func:`open_study`.
+        on_ended: called as each trial ends.
+
+    Raises:
+        ConfigError: no node has room for a trial.
+    """
+    first = Job(out.resolve(), shards.uri, space, config, {}, space.seeds, device="cuda" if space.num_gpus else "cpu")
+    total = space.trials if space.paths(TRAINING) else 1
+    left = total - len(finished_trials(study))
+    parallel = _parallel(space)
+    if left <= 0:
+        return
+    searcher = _Searcher(study, first, total, on_ended)
+    place = out / "tune"
+    shutil.rmtree(place, ignore_errors=True)
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"] = "0"
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(_trial, job=first), _held(space)),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher, scheduler=_scheduler(space, first), num_samples=left,
+            max_concurrent_trials=min(parallel, left), reuse_actors=space.num_workers == 1,
+        ),
+        run_config=tune.RunConfig(
+            name="trials", storage_path=str(place.resolve()), verbose=0,
+            failure_config=tune.FailureConfig(max_failures=_MAX_RETRIES),
+        ),
+    )  # fmt: skip
+    in_a_thread(tuner.fit)
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def _trial(config: Mapping[str, Any], *, job: Job) -> None:
+    """One trial, in a worker. An error of ours would come again, so it is reported and not tried again."""
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    threads = max(1, math.ceil(job.space.num_cpus))
+    torch.set_num_threads(threads)
+    job = replace(job, params=json.loads(config["params"]), trial=config["trial"])
+    begun = time.monotonic()
+    (job.folder / _FAILURE).unlink(missing_ok=True)
+
+    def report(step: int, loss: float) -> None:
+        if job.space.pruning is not None:
+            tune.report({"training_step": step, "loss": loss})
+
+    try:
+        with threadpool_limits(threads):
+            networks = train_networks(job, fit_of(job.space), report)
+            rows = search_settings(networks, job.space.settings_per_training)
+    except RaydiffError as error:
+        _note_failure(job, error)
+        tune.report({"ended": "failed"})
+        return
+    except Exception as error:
+        _note_failure(job, error)
+        raise
+    best = best_of(job.space, rows)
+    told = {
+        "key": job.key, "values": values_of(job.space, best), "params": best.params, "num_settings": len(rows),
+        "training_seconds": sum(row.seconds for row in networks.rows.values()), "seconds": time.monotonic() - begun,
+    }  # fmt: skip
+    tune.report({"ended": "complete", "told": json.dumps(told)})
+
+
+class _Searcher(OptunaSearch):
+    """Ray's, with a study of ours: trials that end early are told as pruned, failures with their reason."""
+
+    def __init__(
+        self, study: optuna.Study, job: Job, num_trials: int, on_ended: Callable[[Ended], None] = lambda _: None
+    ) -> None:
+        names = [objective.name for objective in job.space.objectives]
+        super().__init__(metric=names, mode=["max"] * len(names))  # unused: values are told in on_trial_complete
+        self._space, self._ot_study = job.space.suggest, study
+        self._job, self._num_trials, self._on_ended = job, num_trials, on_ended
+        self._stale = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        self._begun: dict[str, float] = {}
+        for point in _first_points(job):
+            study.enqueue_trial(point, skip_if_exists=True)
+
+    def suggest(self, trial_id: str) -> dict[str, Any]:
+        """The next combination, as text; first those that were running when a driver was killed."""
+        if self._stale:
+            trial = optuna.trial.Trial(self._ot_study, self._stale.pop(0)._trial_id)
+        else:
+            trial = self._ot_study.ask()
+        self._ot_trials[trial_id] = trial
+        self._begun[trial_id] = time.monotonic()
+        params = self._job.space.suggest(trial, TRAINING)
+        return {"params": json.dumps(params), "trial": trial.number}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Keep the loss on the way, for Optuna's plots, where there is one objective."""
+        if "training_step" in result and "ended" not in result and len(self._job.space.objectives) == 1:
+            self._ot_trials[trial_id].report(result["loss"], result["training_step"])
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tell the study how it ended."""
+        trial = self._ot_trials.pop(trial_id, None)
+        if trial is None:
+            return
+        seconds = time.monotonic() - self._begun.pop(trial_id)
+        ended = (result or {}).get("ended")
+        params = self._job.space.suggest(trial, TRAINING)
+        job = replace(self._job, params=params, trial=trial.number)
+        trial.set_user_attr("key", job.key)
+        trial.set_user_attr("wall_seconds", seconds)
+        failure, value = "", None
+        if error or ended == "failed":
+            state, failure = TrialState.FAIL, _failure(job)
+            trial.set_user_attr("failure", failure)
+            append_trainings(job.folder, stopped(job, "failed", failure))
+            self._ot_study.tell(trial, state=state)
+        elif ended == "complete":
+            state, told = TrialState.COMPLETE, json.loads(result["told"]) if result else {}
+            for name in ("training_seconds", "seconds", "num_settings"):
+                trial.set_user_attr(name, told[name])
+            trial.set_user_attr("best_params", {path: _plain(value) for path, value in told["params"].items()})
+            value = told["values"][0]
+            self._ot_study.tell(trial, told["values"])
+        else:
+            state = TrialState.PRUNED
+            append_trainings(job.folder, stopped(job, "pruned"))
+            self._ot_study.tell(trial, state=state)
+        done = len(finished_trials(self._ot_study))
+        self._on_ended(
+            Ended(
+                trial.number, state.name.lower(), value, seconds, done, self._num_trials,
+                _best_value(self._ot_study), failure,
+            )
+        )  # fmt: skip
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the study is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: the study is the state."""
+
+
+def _first_points(job: Job) -> list[dict[str, Any]]:
+    """What the config itself has, as far as it lies in the space, then the points of the space; each once."""
+    own = own_point(job.space, job.config, TRAINING)
+    points = [own, *(stored_point(job.space, point, TRAINING) for point in job.space.points)]
+    return [point for i, point in enumerate(points) if point and point not in points[:i]]
+
+
+def _best_value(study: optuna.Study) -> float | None:
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    values = [trial.values[0] for trial in done if trial.values]
+    if not values:
+        return None
+    return max(values) if study.directions[0].name == "MAXIMIZE" else min(values)
+
+
+def fit_of(space: SearchSpace) -> Fit | None:
+    """Ray Train where a trial has several workers; None, this process, otherwise."""
+    if space.num_workers == 1:
+        return None
+    from raydiff.distributed.train import fit
+
+    return lambda config, place, shards, heed: fit(config, place, shards, on_metrics=heed)
+
+
+def _held(space: SearchSpace) -> dict[str, float]:
+    """What the trial itself holds; the workers of Ray Train hold their own."""
+    if space.num_workers > 1:
+        return {"cpu": 0.01}
+    return {"cpu": space.num_cpus} | ({"gpu": space.num_gpus} if space.num_gpus else {})
+
+
+def _parallel(space: SearchSpace) -> int:
+    """How many trials fit at a time; with Ray Train inside so few that their workers always find room.
+
+    Raises:
+        ConfigError: not one does.
+    """
+    room, num_nodes = room_for({"CPU": space.num_cpus, "GPU": space.num_gpus})
+    if room < space.num_workers:
+        raise ConfigError(
+            f"a trial has {space.num_workers} worker(s) with {space.num_cpus:g} CPU and {space.num_gpus:g} GPU each"
+            f" (num_workers, num_cpus, num_gpus); the cluster's {num_nodes} node(s) have room for {room}; ask for less"
+        )
+    if space.num_workers == 1:
+        return room
+    spare = ray.cluster_resources().get("CPU", 0) - 1  # Ray Data's tasks want one
+    return max(1, min(room // space.num_workers, int(spare // (space.num_workers * space.num_cpus + 0.01))))
+
+
+def _scheduler(space: SearchSpace, job: Job) -> Any:
+    """Asynchronous successive halving on the held-out loss, or first in first out."""
+    if space.pruning is None:
+        return None
+    from ray.tune.schedulers import ASHAScheduler
+
+    steps = job.fitted.training.num_steps
+    return ASHAScheduler(
+        time_attr="training_step", metric="loss", mode="min", max_t=steps + 1,
+        grace_period=min(space.pruning.grace_steps, steps), reduction_factor=space.pruning.reduction_factor,
+    )  # fmt: skip
+
+
+def _sampler(space: SearchSpace, database: optuna.storages.BaseStorage, name: str) -> optuna.samplers.BaseSampler:
+    """One that does not propose again what it did before an interruption."""
+    count = len(optuna.load_study(study_name=name, storage=database).get_trials(deepcopy=False))
+    return sampler_of(space, space.sampler_seed + 1000 * count)
+
+
+def _check_same(study: optuna.Study, identity: Mapping[str, str], storage: str) -> None:
+    held = study.user_attrs.get(_ATTRIBUTE)
+    if held is None:
+        raise ConfigError(
+            f"study {study.study_name!r} in {_hidden(storage)} was not made by raydiff sweep; choose another --study"
+        )
+    different = [what for what in identity if held.get(what) != identity[what]]
+    if different:
+        raise ConfigError(
+            f"study {study.study_name!r} in {_hidden(storage)} was made with another {' and '.join(different)}; its"
+            " trials cannot be compared with new ones: choose another --out or --study"
+        )
+
+
+def _hidden(storage: str) -> str:
+    """The URL without its password."""
+    scheme, sign, rest = storage.partition("://")
+    user, at, host = rest.rpartition("@")
+    return f"{scheme}{sign}{user.partition(':')[0]}:***@{host}" if at and ":" in user else storage
+
+
+def _note_failure(job: Job, error: BaseException) -> None:
+    record = {"message": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+    job.folder.mkdir(parents=True, exist_ok=True)
+    write_whole(job.folder / _FAILURE, json.dumps(record))
+
+
+def _failure(job: Job) -> str:
+    try:
+        return str(json.loads((job.folder / _FAILURE).read_text(encoding="utf-8"))["traceback"])
+    except (OSError, ValueError, KeyError):
+        return f"its worker was lost {_MAX_RETRIES + 1} times, the last time without a word: killed, or out of memory"
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | bool | type(None)) else json.dumps(value)

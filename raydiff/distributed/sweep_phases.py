@@ -1,0 +1,296 @@
+"""A whole sweep: the search, the curves around its best point, the winner over fresh seeds, the report.
+
+::
+
+    OUT/study.db        the Optuna study, unless --storage names another place
+    OUT/trainings/KEY/  see raydiff.sweep.jobs
+    OUT/refit/          the winner and the starting point, a run folder per seed
+    OUT/winner.yaml     the winner as a config for raydiff fit
+    OUT/settings.jsonl  OUT/trainings.jsonl  OUT/final.json   see raydiff.sweep_records
+    OUT/report.html     OUT/tables/
+
+Each phase keeps what it has finished, so the same command goes on after an interruption. Only the last one reads the
+test split.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import optuna
+import yaml
+from optuna.trial import TrialState
+
+from raydiff.config import ExperimentConfig
+from raydiff.distributed.benchmark import RayWorkers
+from raydiff.distributed.points import as_trial
+from raydiff.distributed.second_level import best_of, values_of
+from raydiff.distributed.sensitivity import importances
+from raydiff.distributed.sweep import Ended, finished_trials, fit_of, open_study, search
+from raydiff.errors import DataError
+from raydiff.journal import alone_in, write_whole
+from raydiff.report import write_sweep_report
+from raydiff.search_space import SearchSpace
+from raydiff.shards import ShardSet
+from raydiff.suite import Resources
+from raydiff.sweep.final import Curve, curves, is_drawn, refit, run_curve
+from raydiff.sweep.jobs import Job
+from raydiff.sweep_records import (
+    SETTINGS,
+    TRAININGS,
+    Final,
+    Refit,
+    Setting,
+    TrainingRow,
+    append_settings,
+    append_trainings,
+    read_final,
+    read_settings,
+    read_trainings,
+    write_final,
+)
+from raydiff.tasks import Progress, Task, drive
+
+__all__ = ["Sweep", "run_sweep", "status"]
+
+REPORT, WINNER = "report.html", "winner.yaml"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Where a sweep runs and what it is about. ``storage`` is an SQLAlchemy URL, a file in ``out`` by default."""
+
+    space: SearchSpace
+    config: ExperimentConfig
+    out: Path
+    name: str
+    storage: str | None = None
+
+    @property
+    def url(self) -> str:
+        """The study's storage."""
+        return self.storage or f"sqlite:///{self.out.resolve() / 'study.db'}"
+
+    def study(self, shards: ShardSet) -> optuna.Study:
+        """New, or gone on with; see :func:`raydiff.distributed.sweep.open_study`."""
+        start = self.space.apply(self.config, {})
+        identity = {"space": self.space.digest(), "config": start.digest(), "data": shards.normal_digest}
+        self.out.mkdir(parents=True, exist_ok=True)
+        return open_study(self.space, storage=self.url, name=self.name, identity=identity)
+
+    def job(self, shards: ShardSet) -> Job:
+        """One without parameters yet."""
+        device = "cuda" if self.space.num_gpus else "cpu"
+        return Job(self.out.resolve(), shards.uri, self.space, self.config, {}, self.space.seeds, device=device)
+
+
+def run_sweep(
+    sweep: Sweep,
+    shards: ShardSet,
+    *,
+    test: bool = True,
+    on_trial: Callable[[Ended], None] = lambda _: None,
+    on_task: Callable[[str, Progress], None] = lambda *_: None,
+) -> Final | None:
+    """Run what is not finished of all phases, and write the report. Ray is connected.
+
+    Args:
+        sweep: the space checked against the config.
+        shards: the data; ``test`` says whether its test split is read in the end.
+        test: False leaves the test split alone.
+        on_trial: called as a trial ends.
+        on_task: called with the phase, ``around`` or ``refit``, as one of its tasks ends.
+
+    Returns:
+        What became of the winner; None where there is none, or the space has no ``refit_seeds``.
+
+    Raises:
+        ConfigError: see :func:`raydiff.distributed.sweep.open_study` and ``search``.
+        DataError: every trial failed; the message has the first reason.
+    """
+    with alone_in(sweep.out):
+        study = sweep.study(shards)
+        search(sweep.space, sweep.config, sweep.out, shards, study, on_ended=on_trial)
+        settings = gather(sweep, study)
+        if not settings:
+            raise DataError(f"{sweep.out}: every trial failed; {_first_failure(study)}")
+        _add_settings(sweep, settings)
+        best = best_of(sweep.space, settings)
+        write_whole(sweep.out / WINNER, _winner(sweep, best))
+        write_report(sweep)
+        wanted = [curve for curve in curves(sweep.job(shards), best) if not is_drawn(curve)]
+        _run([_curve_task(sweep.space, curve) for curve in wanted], partial(on_task, "around"))
+        gather(sweep, study)
+        final = _refitted(sweep, shards, best, test=test, on_task=partial(on_task, "refit"))
+        write_report(sweep)
+        return final
+
+
+def write_report(sweep: Sweep) -> Path | None:
+    """Draw the report again from the rows; None before there are any."""
+    settings = read_settings(sweep.out)
+    if not settings:
+        return None
+    objective = sweep.space.objectives[0].name
+    found = importances(sweep.space, settings, objective)
+    return write_sweep_report(sweep.space, sweep.out, sweep.out / REPORT, found)
+
+
+def gather(sweep: Sweep, study: optuna.Study) -> list[Setting]:
+    """Write ``settings.jsonl`` and ``trainings.jsonl`` anew from the folders; the search's settings are given back."""
+    wall = {
+        trial.user_attrs["key"]: trial.user_attrs["wall_seconds"] / len(sweep.space.seeds)
+        for trial in finished_trials(study)
+        if "key" in trial.user_attrs and trial.state == TrialState.COMPLETE
+    }
+    trainings: list[TrainingRow] = []
+    settings: list[Setting] = []
+    for folder in sorted((sweep.out / "trainings").glob("*")):
+        rows = {(row.seed, row.state == "complete"): row for row in read_trainings(folder)}
+        done = {seed for seed, complete in rows if complete}
+        kept = [row for (seed, complete), row in rows.items() if complete or seed not in done]
+        trainings += [replace(row, trial_seconds=wall.get(row.key)) if row.phase == "search" else row for row in kept]
+        settings += read_settings(folder)
+    trainings.sort(key=lambda row: (row.phase != "search", row.trial or 0, row.key, row.seed))
+    settings.sort(key=lambda row: (row.phase != "search", row.trial or 0, row.training))
+    for name in (SETTINGS, TRAININGS):
+        (sweep.out / name).unlink(missing_ok=True)
+    append_settings(sweep.out, settings)
+    append_trainings(sweep.out, trainings)
+    return [row for row in settings if row.phase == "search"]
+
+
+def status(sweep: Sweep) -> str:
+    """Where a sweep stands, in a few lines; needs no Ray, and changes nothing."""
+    names = optuna.get_all_study_summaries(sweep.url, include_best_trial=False) if _is_there(sweep) else []
+    if sweep.name not in {summary.study_name for summary in names}:
+        return f"{sweep.name}: not begun ({sweep.url})"
+    study = optuna.load_study(study_name=sweep.name, storage=sweep.url)
+    trials = study.get_trials(deepcopy=False)
+    total = sweep.space.trials if sweep.space.paths(("training",)) else 1
+    counts = {state: sum(trial.state == state for trial in trials) for state in TrialState}
+    left = total - sum(counts[state] for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
+    settings = sum(trial.user_attrs.get("num_settings", 0) for trial in trials)
+    lines = [
+        f"study {sweep.name} in {sweep.url}",
+        f"trials: {counts[TrialState.COMPLETE]} complete, {counts[TrialState.PRUNED]} stopped early,"
+        f" {counts[TrialState.FAIL]} failed, {counts[TrialState.RUNNING]} running or interrupted, {left} of {total} left",
+        f"settings measured: {settings}",
+    ]
+    if counts[TrialState.COMPLETE]:
+        lines += [_best_line(sweep, trial) for trial in study.best_trials[:5]]
+    lines += [
+        f"failed: trial {trial.number}: {str(trial.user_attrs.get('failure', '')).strip().splitlines()[-1:]}"
+        for trial in trials
+        if trial.state == TrialState.FAIL
+    ]
+    final = read_final(sweep.out)
+    lines.append("winner: " + ("not refitted yet" if final is None else f"{sweep.out / WINNER}, refitted"))
+    return "\n".join(lines)
+
+
+def _is_there(sweep: Sweep) -> bool:
+    return sweep.storage is not None or (sweep.out / "study.db").exists()
+
+
+def _best_line(sweep: Sweep, trial: optuna.trial.FrozenTrial) -> str:
+    values = ", ".join(f"{o.name} {v:.4g}" for o, v in zip(sweep.space.objectives, trial.values, strict=True))
+    return f"best: trial {trial.number}: {values} with {json.dumps(trial.user_attrs.get('best_params', {}))}"
+
+
+def _refitted(
+    sweep: Sweep, shards: ShardSet, best: Setting, *, test: bool, on_task: Callable[[Progress], None]
+) -> Final | None:
+    """The winner and the starting point over fresh seeds."""
+    space, job = sweep.space, sweep.job(shards)
+    if not space.refit_seeds:
+        return None
+    names = [objective.name for objective in space.objectives]
+    tasks: list[Task] = []
+    for which, params in (("winner", best.params), ("start", {})):
+        for seed in space.refit_seeds:
+            place = job.out / "refit" / f"{which}-{job.scored(params, seed).digest()[:12]}"
+            config = job.scored(params, seed).override(job.workers)
+            call = partial(refit, config, place, shards, names, fit=fit_of(space), test=test, device=job.device)
+            tasks.append(Task(f"{which}-{seed}", "training", f"{which}, seed {seed}", (), _resources(space), call))
+    found: dict[str, Refit] = {}
+
+    def note(progress: Progress) -> None:
+        if progress.outcome.failure is None:
+            found[progress.task.key] = progress.outcome.value
+        on_task(progress)
+
+    _run(tasks, note)
+    settings, trainings = read_settings(sweep.out), read_trainings(sweep.out)
+    final = Final(
+        params=best.params, promised=best.values,
+        winner=tuple(found[f"winner-{seed}"] for seed in space.refit_seeds if f"winner-{seed}" in found),
+        start=tuple(found[f"start-{seed}"] for seed in space.refit_seeds if f"start-{seed}" in found),
+        num_trainings=sum(row.phase == "search" for row in trainings),
+        num_settings=sum(row.phase == "search" for row in settings),
+        extra={"training": best.training, "trial": best.trial},
+    )  # fmt: skip
+    write_final(sweep.out, final)
+    return final
+
+
+def _run(tasks: Sequence[Task], note: Callable[[Progress], None]) -> None:
+    if not tasks:
+        return
+    for progress in drive(tasks, RayWorkers(tasks)):
+        note(progress)
+
+
+def _curve_task(space: SearchSpace, curve: Curve) -> Task:
+    varied = sorted({path for _, path in curve.points if path is not None})
+    name = f"{len(curve.points)} points ({', '.join(varied[:3])}{', ...' if len(varied) > 3 else ''})"
+    call = partial(run_curve, curve, fit_of(space))
+    return Task(curve.job.key, "training", name, (), _resources(space), call)
+
+
+def _resources(space: SearchSpace) -> Resources:
+    """Ray Train's workers hold their own."""
+    if space.num_workers > 1:
+        return Resources(num_cpus=0.01, num_gpus=0.0)
+    return Resources(num_cpus=space.num_cpus, num_gpus=space.num_gpus)
+
+
+def _winner(sweep: Sweep, best: Setting) -> str:
+    config = sweep.space.apply(sweep.config, best.params)
+    head = f"# The winner of {sweep.space.title}: trial {best.trial} of study {sweep.name}.\n"
+    return head + yaml.safe_dump(config.to_dict(), sort_keys=False)
+
+
+def _first_failure(study: optuna.Study) -> str:
+    failures = [trial.user_attrs.get("failure", "") for trial in study.get_trials(deepcopy=False)]
+    lines = next((text.strip().splitlines() for text in failures if text), ["see the study"])
+    return f"the first said: {lines[-1]}"
+
+
+def _add_settings(sweep: Sweep, settings: Sequence[Setting]) -> None:
+    """Every setting as a trial of a second study, NAME/settings, for Optuna's own plots; none twice."""
+    space = sweep.space
+    study = optuna.create_study(
+        study_name=f"{sweep.name}/settings", storage=sweep.url, directions=list(space.directions()), load_if_exists=True
+    )
+    known = len(study.get_trials(deepcopy=False))
+    if known >= len(settings):
+        return
+    study.set_metric_names([objective.name for objective in space.objectives])
+    held = {_identity(trial.user_attrs["training"], trial.user_attrs["params"]) for trial in study.trials}
+    study.add_trials(
+        as_trial(
+            space, row.params, values_of(space, row),
+            {"training": row.training, "trial": row.trial, "params": dict(row.params)},
+        )
+        for row in settings if _identity(row.training, row.params) not in held
+    )  # fmt: skip
+
+
+def _identity(training: str, params: Mapping[str, Any]) -> tuple[str, str]:
+    return training, json.dumps(dict(params), sort_keys=True)

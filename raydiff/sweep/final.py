@@ -1,0 +1,195 @@
+"""After the search: curves around the best point, and the winner beside the starting point over fresh seeds.
+
+The search's best value is the best of many, so part of it is luck. What is left of it is measured with seeds that the
+search has not seen, on the selection split, and then, once, on the test split.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raydiff.config import ExperimentConfig
+from raydiff.core.calibration import Calibration
+from raydiff.detector import DiffusionDetector, load_detector
+from raydiff.errors import ConfigError, ShapeError
+from raydiff.evaluation import evaluate
+from raydiff.experiment import ARTIFACT, fit_locally
+from raydiff.journal import read_lines, write_whole
+from raydiff.predictions import Predictions
+from raydiff.search_space import Parameter, SearchSpace
+from raydiff.shards import ShardSet
+from raydiff.sweep.evidence import EvidenceCache
+from raydiff.sweep.jobs import TRAINING, Fit, Job, train_networks
+from raydiff.sweep.objectives import measure_setting
+from raydiff.sweep_records import Refit, Setting
+
+__all__ = ["Curve", "curves", "grid", "is_drawn", "refit", "run_curve"]
+
+_DRAWN = "around.json"
+_TARGETS = (0.01, 0.02, 0.05, 0.1, 0.2)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points that share their training parameters, and so their networks: (all parameters, which one is varied)."""
+
+    job: Job
+    points: tuple[tuple[Mapping[str, Any], str | None], ...]
+
+
+def curves(job: Job, best: Setting) -> list[Curve]:
+    """The best point with one parameter at a time changed, gathered by the networks that they need.
+
+    ``job`` has the sweep's config and space; phase, seeds and parameters are set here.
+    """
+    space, around = job.space, job.space.around
+    if around is None:
+        return []
+    found: dict[str, tuple[Job, list[tuple[Mapping[str, Any], str | None]]]] = {}
+    for params, varied in [(dict(best.params), None), *_varied(space, best.params, around.values)]:
+        of_training = {path: value for path, value in params.items() if path in space.paths(TRAINING)}
+        one = Job(
+            job.out, job.shards, space, job.config, of_training, around.seeds, phase="around", device=job.device
+        )
+        try:
+            key = one.key
+        except ConfigError:  # invalid together, though each is in range
+            continue
+        found.setdefault(key, (one, []))[1].append((params, varied))
+    return [Curve(one, tuple(points)) for one, points in found.values()]
+
+
+def run_curve(curve: Curve, fit: Fit | None = None) -> int:
+    """Train its networks and measure its points; what is there already is kept. How many points there are."""
+    networks = train_networks(curve.job, fit)
+    known, rows = len(networks.measured), 0
+    for params, varied in curve.points:
+        try:
+            networks.measure(params, varied=varied)
+        except (ConfigError, ShapeError):  # more steps than this schedule has
+            continue
+        rows += 1
+    networks.keep(networks.measured[known:])
+    write_whole(curve.job.folder / _DRAWN, json.dumps(_asked(curve)))
+    return rows
+
+
+def is_drawn(curve: Curve) -> bool:
+    """Whether every point has been measured with every seed, or could not be."""
+    path = curve.job.folder / _DRAWN
+    return path.exists() and json.loads(path.read_text(encoding="utf-8")) == _asked(curve)
+
+
+def _asked(curve: Curve) -> list[Any]:
+    return json.loads(json.dumps([list(curve.job.seeds), [[dict(params), varied] for params, varied in curve.points]]))
+
+
+def grid(parameter: Parameter, best: Any, count: int) -> list[Any]:
+    """Values of one parameter, the best one among them: all choices, or so many over its range."""
+    if parameter.choices is not None:
+        return list(parameter.choices)
+    low, high = parameter.int or parameter.float or (0, 0)
+    if parameter.log:
+        values = np.geomspace(low, high, count)
+    else:
+        values = np.linspace(low, high, count)
+    if parameter.step is not None:
+        values = low + np.round((values - low) / parameter.step) * parameter.step
+    exact = [round(value) for value in values] if parameter.int else [float(f"{value:.4g}") for value in values]
+    inside = [min(max(value, low), high) for value in exact]
+    return sorted({*inside, best})
+
+
+def refit(
+    config: ExperimentConfig,
+    place: Path,
+    shards: ShardSet,
+    names: Sequence[str],
+    *,
+    fit: Fit | None = None,
+    test: bool,
+    device: str = "cpu",
+) -> Refit:
+    """Train and calibrate a whole config, measure it on the selection split and, where asked, once on test.
+
+    A refit that is finished is read from its folder. ``names`` are the objectives to measure.
+    """
+    path = place / "refit.json"
+    if path.exists():
+        known = _read(path)
+        if known.test or not test:
+            return known
+    if not (place / ARTIFACT / "manifest.json").exists():
+        if fit is None:
+            fit_locally(config, place, shards, device=device)
+        else:
+            fit(config, place, shards, lambda _: None)
+    detector = load_detector(place / ARTIFACT, device=device)
+    assert isinstance(detector, DiffusionDetector)  # noqa: S101
+    selection = measure_setting(EvidenceCache.of(detector, shards, seed=0), config, names)
+    measured = _on_test(detector, shards) if test else ({}, ())
+    result = Refit(config.seed, {name: float(value) for name, value in selection.items()}, *measured)
+    _write(path, result)
+    return result
+
+
+def _on_test(detector: DiffusionDetector, shards: ShardSet) -> tuple[dict[str, float], tuple[dict[str, float], ...]]:
+    """Metrics, and the rates at several targets."""
+    evaluation = evaluate(detector, shards, num_pictures=0)
+    row, predictions = evaluation.rows[0], evaluation.predictions
+    assert detector.calibration is not None  # noqa: S101
+    assert predictions is not None  # noqa: S101
+    metrics = {name: estimate.value for name, estimate in row.metrics.items() if math.isfinite(estimate.value)}
+    own = _rates(predictions, detector.calibration)
+    counts = {
+        "num_test_normal": float((~predictions.labels).sum()),
+        "num_test_anomalous": float(predictions.labels.sum()),
+    }
+    rates = tuple(_rates(predictions, detector.calibration.at(target)) for target in _TARGETS)
+    return {**metrics, **own, **counts}, rates
+
+
+def _rates(predictions: Predictions, calibration: Calibration) -> dict[str, float]:
+    flagged = predictions.scores > calibration.threshold.value
+    return {
+        "target_fpr": calibration.threshold.target_fpr,
+        "realised_fpr": float(flagged[~predictions.labels].mean()),
+        "realised_tpr": float(flagged[predictions.labels].mean()),
+    }
+
+
+def _varied(space: SearchSpace, best: Mapping[str, Any], count: int) -> Iterator[tuple[dict[str, Any], str]]:
+    """Every parameter of the best point at its other values; those whose condition then fails are left out."""
+    for path, parameter in space.parameters.items():
+        if path not in best:
+            continue
+        for value in grid(parameter, best[path], count):
+            if value == best[path]:
+                continue
+            params = {**best, path: value}
+            yield {each: kept for each, kept in params.items() if _holds(space, each, params)}, path
+
+
+def _holds(space: SearchSpace, path: str, params: Mapping[str, Any]) -> bool:
+    return all(
+        parent in params and params[parent] in allowed and _holds(space, parent, params)
+        for parent, allowed in space.parameters[path].when.items()
+    )
+
+
+def _write(path: Path, result: Refit) -> None:
+    write_whole(path, json.dumps(dataclasses.asdict(result)))
+
+
+def _read(path: Path) -> Refit:
+    _, line = next(read_lines(path, "remove it, and run the sweep again"))
+    data = json.loads(line)
+    return Refit(**{**data, "rates": tuple(data["rates"])})
