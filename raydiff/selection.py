@@ -63,7 +63,13 @@ def selection_set(images: NDArray[np.uint8], ids: Sequence[str], seed: int = 0, 
 
 
 def judged(
-    scorer: Scorer, normals: Tensor, twins: Tensor, image_size: tuple[int, int], *, num_folds: int = 5
+    scorer: Scorer,
+    normals: Tensor,
+    twins: Tensor,
+    image_size: tuple[int, int],
+    *,
+    num_folds: int = 5,
+    num_fitted: int | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Image scores of the normal half and of the anomalous half, (n,) each, in order; no network is evaluated.
 
@@ -74,22 +80,25 @@ def judged(
         normals: the normal images' evidence, (n, K, H, W), as the scorer measured it.
         twins: that of the anomalies made of them, in the same order.
         image_size: height and width of the images.
-        num_folds: at least 2, and no more than there are images.
+        num_folds: at least 2, and no more than statistics may be fitted on.
+        num_fitted: only the first so many normals are fitted on; all of them by default.
 
     Raises:
         ShapeError: there is not one twin for each normal image, or fewer images than folds.
     """
     if normals.shape != twins.shape:
         raise ShapeError(f"evidence is {tuple(normals.shape)} and its twins' {tuple(twins.shape)}; give one twin each")
-    if not 2 <= num_folds <= len(normals):
-        raise ShapeError(f"there are {len(normals)} images and {num_folds} folds; give 2 or more, not above the images")
+    fitted = normals[:num_fitted]
+    if not 2 <= num_folds <= len(fitted):
+        raise ShapeError(f"there are {len(fitted)} images and {num_folds} folds; give 2 or more, not above the images")
     low, high = np.empty(len(normals)), np.empty(len(normals))
     fold_of = torch.arange(len(normals)) % num_folds
     for fold in range(num_folds):
         inside = fold_of == fold
-        statistics = scorer.fit(normals[~inside])
-        for scores, evidence in ((low, normals), (high, twins)):
-            scores[inside.numpy()] = scorer.judge(evidence[inside], statistics, image_size).image.numpy()
+        statistics = scorer.fit(fitted[~inside[: len(fitted)]])
+        both = torch.cat([normals[inside], twins[inside]])
+        scores = scorer.judge(both, statistics, image_size).image.double().numpy()
+        low[inside.numpy()], high[inside.numpy()] = np.split(scores, 2)
     return low, high
 
 

@@ -1,0 +1,276 @@
+"""What a trained network says about the selection split, measured once and used by every setting that asks for it.
+
+A scorer's options fall apart: those of :class:`raydiff.judgement.JudgeOptions` say what is made of evidence, the others
+what is measured. Of a :class:`raydiff.contracts.StepScorer` each step is remembered by itself, so that settings with
+other steps ask the network at the new ones alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from raydiff.config import ExperimentConfig, Options
+from raydiff.contracts import Scorer, StepScorer
+from raydiff.cost import measure_cost
+from raydiff.detector import DiffusionDetector
+from raydiff.errors import ConfigError, DataError, ShapeError
+from raydiff.images import ImageSpec, to_tensor
+from raydiff.judgement import JudgeOptions
+from raydiff.selection import judged, selection_set
+from raydiff.shards import ShardSet
+
+__all__ = ["Evidence", "EvidenceCache"]
+
+_MIN_NORMAL = 4
+_MAX_JUDGED = 4096
+_JUDGEMENT = frozenset(JudgeOptions.model_fields) - {"name"}
+_STEPS = frozenset({"start", "stop", "num_inference_steps"})
+"""Options that choose a StepScorer's steps; see the contract."""
+
+Pair = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+class Evidence(NamedTuple):
+    """Of n normal images and of the anomalies made of them: float32 (n, K, H, W) each."""
+
+    normals: Tensor
+    twins: Tensor
+
+
+class EvidenceCache:
+    """A detector's evidence of normal images and of their anomalous twins, under any scorer's options.
+
+    Of the configs that its methods are given, ``scoring`` and ``calibration`` count; all else is the detector's own.
+    For one thread at a time.
+    """
+
+    num_measured: int
+    """Network evaluations per image so far."""
+    num_reused: int
+    """Network evaluations per image that settings asked for and that were remembered."""
+
+    def __init__(
+        self,
+        detector: DiffusionDetector,
+        normals: NDArray[np.uint8],
+        twins: NDArray[np.uint8],
+        *,
+        limit_mb: int = 2048,
+    ) -> None:
+        """Nothing is measured yet.
+
+        Args:
+            detector: trained; its own calibration does not matter.
+            normals: normal images that it was not trained on, uint8 (n, H, W, C), n at least 4.
+            twins: an anomaly made of each, in the same order.
+            limit_mb: megabytes of evidence that are remembered; the longest unused is dropped first. The setting at
+                hand and the encoded images come on top.
+
+        Raises:
+            ShapeError: there is not one twin for each image.
+            ConfigError: there are fewer than 4 images.
+        """
+        if normals.shape != twins.shape:
+            raise ShapeError(f"images are {normals.shape} and their twins {twins.shape}; give one twin each")
+        if len(normals) < _MIN_NORMAL:
+            raise ConfigError(
+                f"{len(normals)} calibration image(s); a sweep needs at least {_MIN_NORMAL}, better 50 or more: raise"
+                " data.calibration_fraction, or add normal images"
+            )
+        self.detector, self.model = detector, detector.model
+        self.normals = normals
+        self.num_measured = self.num_reused = 0
+        self._latents = self._encoded(np.concatenate([normals, twins]))  # (2 n, C, H, W)
+        self._limit = limit_mb * 10**6
+        self._maps: OrderedDict[tuple[str, int | None], Tensor] = OrderedDict()  # (2 n, K, H, W); K is 1 for a step
+        self._bytes = 0
+        self._asked: DiffusionDetector | None = None
+        self._last: tuple[tuple[str, tuple[int, ...]], Evidence] | None = None
+        self._judged: OrderedDict[tuple[str, int, int | None], Pair] = OrderedDict()
+        self._milliseconds: dict[str, float] = {}
+
+    @classmethod
+    def of(
+        cls,
+        detector: DiffusionDetector,
+        shards: ShardSet,
+        *,
+        seed: int = 0,
+        severity: int = 3,
+        max_images: int | None = None,
+        limit_mb: int = 2048,
+    ) -> Self:
+        """On the calibration normals and their synthetic anomalies; opens no shard of another split.
+
+        Args:
+            detector: trained on the same shards.
+            shards: finished ones.
+            seed: of the anomalies.
+            severity: of the anomalies, 1 to 5.
+            max_images: the first so many normals; all of them by default.
+            limit_mb: see the class.
+
+        Raises:
+            ConfigError: there are fewer than 4 calibration images.
+            DataError: there are none, or one cannot be read.
+        """
+        images, ids = _calibration(detector.config, shards, max_images)
+        made = selection_set(images, ids, seed, severity=severity)
+        return cls(detector, made.images[: len(ids)], made.images[len(ids) :], limit_mb=limit_mb)
+
+    @property
+    def num_normal(self) -> int:
+        """n, normal images; there are as many anomalous ones."""
+        return len(self.normals)
+
+    def evidence(self, config: ExperimentConfig) -> Evidence:
+        """What the config's scorer measures, bit for bit that of :meth:`DiffusionDetector.measure`.
+
+        Raises:
+            ConfigError: the network cannot be scored so: fewer steps than asked for, or steps or conditions that it
+                was not trained for.
+        """
+        scorer = self._with(config.scoring).scorer
+        by_step = isinstance(scorer, StepScorer) and scorer.by_step(self.model)
+        steps = tuple(scorer.timesteps(self.model.schedule)) if by_step else ()
+        key = _evidence_key(config.scoring, by_step=by_step)
+        nfe = scorer.num_evaluations(self.model)
+        if self._last is not None and self._last[0] == (key, steps):
+            self.num_reused += nfe
+            return self._last[1]
+        if isinstance(scorer, StepScorer) and by_step:
+            whole = self._of_steps(scorer, key, steps, nfe)
+        else:
+            whole = self._of_all(scorer, key, nfe)
+        found = Evidence(whole[: self.num_normal], whole[self.num_normal :])
+        self._last = (key, steps), found
+        return found
+
+    def judged(self, config: ExperimentConfig) -> Pair:
+        """Image scores of the normals and of their twins, (n,) each, by :func:`raydiff.selection.judged`.
+
+        Statistics come from ``calibration.max_images`` normals, less those of the image's own of ``calibration.folds``.
+
+        Raises:
+            ConfigError: as :meth:`evidence`, or a density cannot be fitted.
+        """
+        limit = min(config.calibration.max_images or self.num_normal, self.num_normal)
+        folds = min(config.calibration.folds, limit)
+        key = (config.scoring.model_dump_json(), folds, limit)
+        if key in self._judged:
+            self._judged.move_to_end(key)
+            self.num_reused += self.num_evaluations(config)
+            return self._judged[key]
+        evidence = self.evidence(config)
+        scorer = self._with(config.scoring).scorer
+        size = (evidence.normals.shape[2], evidence.normals.shape[3])  # maps larger than evidence are not needed here
+        self._judged[key] = judged(
+            scorer, evidence.normals, evidence.twins, size, num_folds=folds, num_fitted=limit
+        )  # fmt: skip
+        if len(self._judged) > _MAX_JUDGED:
+            self._judged.popitem(last=False)
+        return self._judged[key]
+
+    def num_evaluations(self, config: ExperimentConfig) -> int:
+        """NFE of the config's scorer: network evaluations per image."""
+        return self._with(config.scoring).scorer.num_evaluations(self.model)
+
+    def ms_per_image(self, config: ExperimentConfig) -> float:
+        """Milliseconds from pixels to verdict at batch size 1, by :func:`raydiff.cost.measure_cost`.
+
+        Timed once for all settings that differ in judgement, in which steps are looked at and in other numbers with a
+        fraction: judging costs next to nothing beside the network.
+
+        Raises:
+            ConfigError: as :meth:`evidence`.
+        """
+        detector = self._with(config.scoring)
+        nfe = detector.scorer.num_evaluations(self.model)
+        key = f"{nfe} {_cost_key(config.scoring)}"
+        if key not in self._milliseconds:
+            calibrated = detector.calibrate_measured(self.evidence(config).normals)
+            self._milliseconds[key] = measure_cost(calibrated, self.normals, (1,)).ms_per_image[1]
+        return self._milliseconds[key]
+
+    def _with(self, scoring: Options) -> DiffusionDetector:
+        """The detector with these options; the last one is kept."""
+        if self._asked is None or self._asked.config.scoring != scoring:
+            self._asked = self.detector.with_scoring(scoring)
+        return self._asked
+
+    def _of_steps(self, scorer: StepScorer, key: str, steps: tuple[int, ...], nfe: int) -> Tensor:
+        """(2 n, K, H, W), of which only the steps that are not known are measured."""
+        known = {step: self._maps[key, step] for step in steps if (key, step) in self._maps}
+        missing = [step for step in dict.fromkeys(steps) if step not in known]
+        if missing:
+            fresh = torch.cat([scorer.measure_steps(self.model, x, missing) for x in self._batches()])
+            for i, step in enumerate(missing):
+                known[step] = fresh[:, i : i + 1].clone()  # by itself, so that it can be dropped by itself
+        per_step = nfe // len(steps)
+        self.num_measured += per_step * len(missing)
+        self.num_reused += nfe - per_step * len(missing)
+        for step in steps:
+            self._remember((key, step), known[step])
+        return torch.cat([known[step] for step in steps], 1)
+
+    def _of_all(self, scorer: Scorer, key: str, nfe: int) -> Tensor:
+        """(2 n, K, H, W) of a scorer whose steps belong together."""
+        whole = self._maps.get((key, None))
+        if whole is None:
+            whole = torch.cat([scorer.measure(self.model, x) for x in self._batches()])
+            self.num_measured += nfe
+        else:
+            self.num_reused += nfe
+        self._remember((key, None), whole)
+        return whole
+
+    def _remember(self, key: tuple[str, int | None], maps: Tensor) -> None:
+        if key not in self._maps:
+            self._maps[key] = maps
+            self._bytes += maps.nbytes
+        self._maps.move_to_end(key)
+        while self._bytes > self._limit:
+            self._bytes -= self._maps.popitem(last=False)[1].nbytes
+
+    def _batches(self) -> Iterator[Tensor]:
+        size = self.detector.config.execution.scoring_batch_size
+        for start in range(0, len(self._latents), size):
+            yield self._latents[start : start + size]
+
+    def _encoded(self, images: NDArray[np.uint8]) -> Tensor:
+        size = self.detector.config.execution.scoring_batch_size
+        parts = [self.detector.encode(to_tensor(images[i : i + size])) for i in range(0, len(images), size)]
+        return torch.cat(parts)
+
+
+def _calibration(config: ExperimentConfig, shards: ShardSet, limit: int | None) -> tuple[NDArray[np.uint8], list[str]]:
+    """The first calibration normals, uint8 (n, H, W, C), with their ids."""
+    images, ids = [], list[str]()
+    for part in shards.read("calibration", ImageSpec.of(config.data), on_bad_image=config.data.on_bad_image):
+        images.append(part.images)
+        ids += part.ids
+        if limit is not None and len(ids) >= limit:
+            break
+    if not ids:
+        raise DataError(f"{shards.uri}: has no calibration images; raise data.calibration_fraction and prepare again")
+    return np.concatenate(images)[:limit], ids[:limit]
+
+
+def _evidence_key(options: Options, *, by_step: bool) -> str:
+    """The same for options that measure the same, steps aside where they stand alone."""
+    dropped = (_JUDGEMENT if isinstance(options, JudgeOptions) else frozenset()) | (_STEPS if by_step else frozenset())
+    return json.dumps(options.model_dump(mode="json", exclude=set(dropped)), sort_keys=True)
+
+
+def _cost_key(options: Options) -> str:
+    """The same for options whose evidence takes the same time for the same number of evaluations."""
+    fields = options.model_dump(mode="json", exclude=set(_JUDGEMENT))
+    return json.dumps({k: v for k, v in fields.items() if not isinstance(v, float)}, sort_keys=True)
