@@ -83,7 +83,7 @@ def alone_in(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
-                f"another benchmark runs in {folder}; wait for it to end, or choose another --out"
+                f"another raydiff command runs in {folder}; wait for it to end, or choose another --out"
             ) from None
         except OSError:  # no locks here, as on some network file systems
             pass

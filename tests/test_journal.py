@@ -59,7 +59,7 @@ def test_a_whole_file_replaces_the_one_before_and_nothing_else_is_left(tmp_path:
 
 
 def test_a_folder_is_one_writers_until_it_ends(tmp_path: Path) -> None:
-    refused = pytest.raises(ConfigError, match="another benchmark runs in")
+    refused = pytest.raises(ConfigError, match="another raydiff command runs in")
     with alone_in(tmp_path / "new"), refused, alone_in(tmp_path / "new"):
         pass
     with alone_in(tmp_path / "new"):

@@ -28,6 +28,7 @@ def connect(
     num_cpus: int | None = None,
     spare_cpus: int = _SPARE_CPUS,
     object_store_mb: int = 512,
+    dashboard: bool = False,
 ) -> Iterator[None]:
     """Ray for the time of a ``with`` block; left as it was found if it was running already.
 
@@ -36,6 +37,7 @@ def connect(
         num_cpus: logical CPUs of a local cluster; all of the machine's by default.
         spare_cpus: logical CPUs of a local cluster beyond those.
         object_store_mb: shared memory of a local cluster.
+        dashboard: start a local cluster's dashboard, on loopback; Ray Train inside Ray Tune needs it to free resources.
 
     Raises:
         WorkerError: the cluster does not answer.
@@ -50,7 +52,7 @@ def connect(
             ray.init(address=address, **quiet)
         else:
             cpus = (num_cpus or os.cpu_count() or 1) + spare_cpus
-            ray.init(num_cpus=cpus, object_store_memory=object_store_mb * 2**20, include_dashboard=False, **quiet)
+            ray.init(num_cpus=cpus, object_store_memory=object_store_mb * 2**20, include_dashboard=dashboard, **quiet)
     except ConnectionError as error:
         raise WorkerError(
             f"RAY_ADDRESS {address}: no Ray cluster answers there ({error}); start it or unset it"

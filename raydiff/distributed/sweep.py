@@ -101,7 +101,7 @@ def open_study(space: SearchSpace, *, storage: str, name: str, identity: Mapping
 
 def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
     """Those that have ended: complete, stopped early, or failed."""
-    return study.get_trials(deepcopy=False, states=_DONE)
+    return list(study.get_trials(deepcopy=False, states=_DONE))
 
 
 def search(
@@ -187,7 +187,7 @@ def _trial(config: Mapping[str, Any], *, job: Job) -> None:
     tune.report({"ended": "complete", "told": json.dumps(told)})
 
 
-class _Searcher(OptunaSearch):
+class _Searcher(OptunaSearch):  # type: ignore[misc]  # Ray has no types
     """Ray's, with a study of ours: trials that end early are told as pruned, failures with their reason."""
 
     def __init__(
@@ -270,7 +270,7 @@ def _first_points(job: Job) -> list[dict[str, Any]]:
 
 def _best_value(study: optuna.Study) -> float | None:
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    values = [trial.values[0] for trial in done if trial.values]
+    values = [float(trial.values[0]) for trial in done if trial.values]
     if not values:
         return None
     return max(values) if study.directions[0].name == "MAXIMIZE" else min(values)

@@ -39,7 +39,7 @@ from raydiff.search_space import SearchSpace
 from raydiff.shards import ShardSet
 from raydiff.suite import Resources
 from raydiff.sweep.final import Curve, curves, is_drawn, refit, run_curve
-from raydiff.sweep.jobs import Job
+from raydiff.sweep.jobs import TRAINING, Job
 from raydiff.sweep_records import (
     SETTINGS,
     TRAININGS,
@@ -172,7 +172,7 @@ def status(sweep: Sweep) -> str:
         return f"{sweep.name}: not begun ({sweep.url})"
     study = optuna.load_study(study_name=sweep.name, storage=sweep.url)
     trials = study.get_trials(deepcopy=False)
-    total = sweep.space.trials if sweep.space.paths(("training",)) else 1
+    total = sweep.space.trials if sweep.space.paths(TRAINING) else 1
     counts = {state: sum(trial.state == state for trial in trials) for state in TrialState}
     left = total - sum(counts[state] for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
     settings = sum(trial.user_attrs.get("num_settings", 0) for trial in trials)

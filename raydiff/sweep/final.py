@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from raydiff.sweep.evidence import EvidenceCache
+from raydiff.sweep.objectives import measure_setting
 
 from raydiff.config import ExperimentConfig
 from raydiff.core.calibration import Calibration
@@ -26,9 +28,7 @@ from raydiff.journal import read_lines, write_whole
 from raydiff.predictions import Predictions
 from raydiff.search_space import Parameter, SearchSpace
 from raydiff.shards import ShardSet
-from raydiff.sweep.evidence import EvidenceCache
 from raydiff.sweep.jobs import TRAINING, Fit, Job, train_networks
-from raydiff.sweep.objectives import measure_setting
 from raydiff.sweep_records import Refit, Setting
 
 __all__ = ["Curve", "curves", "grid", "is_drawn", "refit", "run_curve"]
@@ -89,7 +89,8 @@ def is_drawn(curve: Curve) -> bool:
 
 
 def _asked(curve: Curve) -> list[Any]:
-    return json.loads(json.dumps([list(curve.job.seeds), [[dict(params), varied] for params, varied in curve.points]]))
+    asked = [list(curve.job.seeds), [[dict(params), varied] for params, varied in curve.points]]
+    return list(json.loads(json.dumps(asked)))
 
 
 def grid(parameter: Parameter, best: Any, count: int) -> list[Any]:

@@ -15,22 +15,23 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from raydiff.sweep.evidence import EvidenceCache
+from raydiff.sweep.objectives import measure_setting, step_losses
 
 from raydiff.config import ExperimentConfig
 from raydiff.config.sections import CalibrationConfig
 from raydiff.detector import DiffusionDetector, load_detector
-from raydiff.errors import ConfigError, RaydiffError
+from raydiff.errors import ConfigError
 from raydiff.experiment import ARTIFACT, fit_locally, held_out_images
 from raydiff.journal import write_whole
 from raydiff.plan import training_scoring
 from raydiff.search_space import Level, SearchSpace
 from raydiff.shards import ShardSet
-from raydiff.sweep.evidence import EvidenceCache
-from raydiff.sweep.objectives import measure_setting, step_losses
 from raydiff.sweep_records import (
     Phase,
     Setting,
@@ -128,9 +129,10 @@ class Networks:
             ConfigError: the combination cannot be scored, as with fewer steps than a scorer wants.
         """
         job = self.job
-        known = next((row for row in self.measured if row.params == params and (row.phase, row.varied) == (job.phase, varied)), None)
-        if known is not None and set(known.by_seed) == set(self.caches):
-            return known
+        asked = (dict(params), job.phase, varied, set(self.caches))
+        for row in self.measured:
+            if (dict(row.params), row.phase, row.varied, set(row.by_seed)) == asked:
+                return row
         names = [objective.name for objective in job.space.objectives]
         by_seed = {seed: self._of_seed(params, seed, names) for seed in self.caches}
         common = set.intersection(*(set(values) for values in by_seed.values()))
@@ -157,7 +159,9 @@ class Networks:
         return values
 
 
-def train_networks(job: Job, fit: Fit | None = None, report: Callable[[int, float], None] = lambda *_: None) -> Networks:
+def train_networks(
+    job: Job, fit: Fit | None = None, report: Callable[[int, float], None] = lambda *_: None
+) -> Networks:
     """Train what is not trained yet, each seed's network in its own run folder, and open them all.
 
     Args:

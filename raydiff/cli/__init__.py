@@ -1,4 +1,4 @@
-"""``raydiff``: prepare, fit, evaluate, score, benchmark, report, demo.
+"""``raydiff``: prepare, fit, evaluate, score, benchmark, sweep, report, demo.
 
 Exit codes: 0 done, 1 a run failed, 2 the command or the config cannot be used, 130 interrupted. Errors are one line;
 ``--debug`` adds the traceback. Each command imports what it needs when it runs, so that ``--help`` is quick.
@@ -6,19 +6,21 @@ Exit codes: 0 done, 1 a run failed, 2 the command or the config cannot be used, 
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from raydiff.errors import ConfigError, RaydiffError, WorkerError
+from raydiff.cli.benchmark import benchmark
+from raydiff.cli.options import Folder, command_line, config_argument, prepared, progress, set_option, shards_of
+from raydiff.cli.sweep import sweep
+from raydiff.errors import ConfigError, RaydiffError
 
 if TYPE_CHECKING:
-    from raydiff.config import DataConfig, ExperimentConfig
+    from raydiff.config import ExperimentConfig
     from raydiff.detector import Detector
     from raydiff.shards import ShardSet
 
@@ -31,18 +33,6 @@ class _Failure(click.ClickException):
     def __init__(self, error: RaydiffError) -> None:
         super().__init__(str(error))
         self.exit_code = error.exit_code  # type: ignore[misc]
-
-
-class _Folder(click.Path):
-    """A local path; says so when it is given a URI."""
-
-    def __init__(self) -> None:
-        super().__init__(path_type=Path)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if "://" in str(value):
-            raise ConfigError(f"{value}: must be a local path; only shards can lie elsewhere (raydiff prepare --out)")
-        return super().convert(value, param, ctx)
 
 
 class _Group(click.Group):
@@ -67,18 +57,12 @@ def main(debug: bool) -> None:
     """Image anomaly detection with diffusion models: train on normal images, calibrate, compare, explain."""
 
 
-_set = click.option(
-    "--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change a config field; repeatable."
-)
-_config = click.argument("config", required=False, type=_Folder())
-
-
 @main.command()
 @click.argument("what", required=False, metavar="[NAME|CONFIG]")
 @click.option("--source", metavar="PATH", help="Where the data set's files lie.")
-@click.option("--download", type=_Folder(), metavar="DIR", help="Fetch the files into DIR first, and use them.")
+@click.option("--download", type=Folder(), metavar="DIR", help="Fetch the files into DIR first, and use them.")
 @click.option("--out", metavar="PLACE", help="A folder, or s3://bucket/path [shards/NAME].")
-@_set
+@set_option
 def prepare(
     what: str | None, source: str | None, download: Path | None, out: str | None, overrides: Sequence[str]
 ) -> None:
@@ -97,7 +81,7 @@ def prepare(
     place = out or data.shards or str(Path("shards") / data.dataset.name)
     if out is None and ShardSet.is_finished(place):
         ShardSet.open(place).check(data)  # a default place may hold other data: it is not replaced unasked
-    shards = _prepared(data, place)
+    shards = prepared(data, place)
     click.echo(
         f"{shards.uri}: {shards.count('train')} train, {shards.count('calibration')} calibration,"
         f" {shards.count('test')} test images; data digest {shards.digest[:12]}"
@@ -105,10 +89,10 @@ def prepare(
 
 
 @main.command()
-@_config
-@click.option("--out", type=_Folder(), metavar="DIR", help="The run's new folder [runs/CONFIG].")
-@click.option("--resume", type=_Folder(), metavar="DIR", help="Go on with the run in this folder.")
-@_set
+@config_argument
+@click.option("--out", type=Folder(), metavar="DIR", help="The run's new folder [runs/CONFIG].")
+@click.option("--resume", type=Folder(), metavar="DIR", help="Go on with the run in this folder.")
+@set_option
 def fit(config: Path | None, out: Path | None, resume: Path | None, overrides: Sequence[str]) -> None:
     r"""Train a diffusion model on normal images with Ray Train, and calibrate it.
 
@@ -128,9 +112,9 @@ def fit(config: Path | None, out: Path | None, resume: Path | None, overrides: S
 
 
 @main.command()
-@click.argument("artefact", type=_Folder())
+@click.argument("artefact", type=Folder())
 @click.argument("dataset", required=False)
-@click.option("--out", type=_Folder(), metavar="DIR", help="Where results go [the run's folder].")
+@click.option("--out", type=Folder(), metavar="DIR", help="Where results go [the run's folder].")
 @click.option("--baselines/--no-baselines", default=False, help="Also fit and evaluate the classic detectors.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 def evaluate(artefact: Path, dataset: str | None, out: Path | None, baselines: bool, device: str) -> None:
@@ -145,17 +129,17 @@ def evaluate(artefact: Path, dataset: str | None, out: Path | None, baselines: b
     folder = artifact_of(artefact)
     detector = load_detector(folder, device=device)
     place = out or folder.parent
-    own = _shards_of(detector.config, folder.parent) if dataset is None or baselines else None
+    own = shards_of(detector.config, folder.parent) if dataset is None or baselines else None
     shards = own if dataset is None else _test_data(dataset, detector.config, place)
     assert shards is not None  # noqa: S101
     _compare(detector, shards, place, own if baselines else None)
 
 
 @main.command()
-@click.argument("artefact", type=_Folder())
+@click.argument("artefact", type=Folder())
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
-@click.option("--out", required=True, type=_Folder(), help="scores.csv, .jsonl or .parquet.")
-@click.option("--maps", "maps_dir", type=_Folder(), metavar="DIR", help="Also write heat maps.")
+@click.option("--out", required=True, type=Folder(), help="scores.csv, .jsonl or .parquet.")
+@click.option("--maps", "maps_dir", type=Folder(), metavar="DIR", help="Also write heat maps.")
 @click.option("--target-fpr", type=float, help="Another false-positive rate, from the same calibration.")
 @click.option("--skip-bad", is_flag=True, help="Write a row with the error for an unreadable image, and go on.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
@@ -173,15 +157,15 @@ def score(
         detector = detector.with_target_fpr(target_fpr)
     summary = score_files(
         detector, paths, out, maps_dir=maps_dir, on_bad_image="skip" if skip_bad else "error",
-        progress=_progress("scored"),
+        progress=progress("scored"),
     )  # fmt: skip
     bad = f", {summary.num_bad} could not be read" if summary.num_bad else ""
     click.echo(f"{out}: {summary.num_images} images, {summary.num_anomalous} anomalous{bad}")
 
 
 @main.command()
-@click.argument("results", type=_Folder())
-@click.option("--out", type=_Folder(), metavar="FILE", help="[report.html beside RESULTS]")
+@click.argument("results", type=Folder())
+@click.option("--out", type=Folder(), metavar="FILE", help="[report.html beside RESULTS]")
 @click.option("--title", default="raydiff results", show_default=True)
 def report(results: Path, out: Path | None, title: str) -> None:
     """Draw the report of a results.jsonl, a benchmark's too, again, as one HTML file that needs nothing else."""
@@ -199,81 +183,10 @@ def report(results: Path, out: Path | None, title: str) -> None:
 
 
 @main.command()
-@click.argument("suite", type=_Folder())
-@click.option("--data", type=_Folder(), metavar="DIR", help="Where relative paths of data sets begin [here].")
-@click.option("--out", type=_Folder(), metavar="DIR", help="The benchmark's folder [runs/SUITE].")
-@click.option("--only", metavar="GLOB", help="Only cells whose method/dataset/category/seed match.")
-@click.option(
-    "--dry-run",
-    is_flag=True,
-    help="List cells and trainings and which are done, and check all but the shares of CPUs and GPUs; run nothing.",
-)
-@click.option("--serial", is_flag=True, help="In this process, one cell after the other, without Ray.")
-@click.option("--num-workers", type=click.IntRange(min=1), metavar="N", help="Tasks at a time, at most [what fits].")
-def benchmark(
-    suite: Path, data: Path | None, out: Path | None, only: str | None, dry_run: bool, serial: bool,
-    num_workers: int | None,
-) -> None:  # fmt: skip
-    r"""Run every method of a suite on every data set, category and seed, and write the report.
-
-    A finished cell is never run again, so the same command goes on after an interruption. A cell that fails is
-    reported and does not stop the others.
-
-    \b
-    raydiff benchmark examples/suites/quick.yaml
-    raydiff benchmark examples/suites/cifar10.yaml --data /data --only "*/CIFAR-10/ship/*"
-    """
-    from contextlib import ExitStack
-
-    from raydiff.benchmark import check_unfinished, run_benchmark
-    from raydiff.benchmark import plan as lay_out
-    from raydiff.benchmark_command import failures, listing, progress_line, table, write_report
-    from raydiff.tasks import SerialWorkers, Task, Workers
-
-    everything = lay_out(suite, data)
-    wanted = everything.only(only) if only else everything
-    place = (out or Path("runs") / suite.stem).resolve()
-    if dry_run:
-        click.echo(listing(wanted, place))
-        check_unfinished(wanted, place)
-        return
-    command = _command()
-    with ExitStack() as stack:
-
-        def on_ray(tasks: Sequence[Task]) -> Workers:
-            from raydiff.distributed.benchmark import RayWorkers
-            from raydiff.distributed.cluster import connect
-
-            stack.enter_context(connect(spare_cpus=0))
-            return RayWorkers(tasks, num_workers=num_workers)
-
-        try:
-            result = run_benchmark(
-                wanted, place, SerialWorkers if serial else on_ray, command=command,
-                on_progress=lambda progress: click.echo(progress_line(progress), err=True),
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            click.echo(f"\nInterrupted; finished cells are kept. Go on with: {command}", err=True)
-            sys.exit(130)
-    written = write_report(everything, place)
-    if written is not None:
-        click.echo(table(everything, written[0]))
-        click.echo(f"results: {place / 'results.jsonl'}\nreport: {written[1]}")
-    click.echo(f"{len(result.finished)} cells run now, {result.num_before} were done before")
-    if result.failed:
-        for line in failures(result):
-            click.echo(line, err=True)
-        raise WorkerError(
-            f"{len(result.failed)} task(s) failed; tracebacks are in {place / 'failures.jsonl'}; the same command tries"
-            " them again"
-        )
-
-
-@main.command()
 @click.option("--data", default="digits", show_default=True, metavar="NAME_OR_PATH", help="Or your own folder.")
 @click.option("--source", metavar="PATH", help="Where the files of a named data set lie.")
-@click.option("--out", type=_Folder(), metavar="DIR", help="[the first free of runs/demo, runs/demo-2 ...]")
-@_set
+@click.option("--out", type=Folder(), metavar="DIR", help="[the first free of runs/demo, runs/demo-2 ...]")
+@set_option
 def demo(data: str, source: str | None, out: Path | None, overrides: Sequence[str]) -> None:
     """Everything once: shards, training on two workers, calibration, comparison with four baselines, report."""
     from raydiff.distributed.cluster import connect
@@ -287,7 +200,7 @@ def demo(data: str, source: str | None, out: Path | None, overrides: Sequence[st
     with connect():
         detector = _fitted(config, run_dir)
     _say_fitted(detector, run_dir)
-    shards = _shards_of(config, run_dir)
+    shards = shards_of(config, run_dir)
     if shards.can_be_tested:
         _compare(detector, shards, run_dir, shards)
     else:
@@ -298,39 +211,13 @@ def demo(data: str, source: str | None, out: Path | None, overrides: Sequence[st
     click.echo(f"all of it took {time.monotonic() - started:.0f} s")
 
 
-def _prepared(data: DataConfig, place: str) -> ShardSet:
-    from raydiff.distributed.cluster import connect
-    from raydiff.distributed.data import prepare as write
-
-    with connect():
-        shards = write(data, place, progress=_progress("prepared"))
-    for skipped in shards.skipped:
-        click.echo(f"left out: {skipped.image_id}: {skipped.reason}", err=True)
-    return shards
-
-
-def _shards_of(config: ExperimentConfig, run_dir: Path) -> ShardSet:
-    """The run's shards, those the config names or its own: taken as they are when finished, else written.
-
-    Finished shards are never written again here, so other data cannot replace them, and their source may be gone.
-    """
-    from raydiff.shards import ShardSet
-
-    place = config.data.shards or str(run_dir / "shards")
-    if not ShardSet.is_finished(place):
-        return _prepared(config.data, place)
-    shards = ShardSet.open(place)
-    shards.check(config.data)
-    return shards
-
-
 def _test_data(dataset: str, config: ExperimentConfig, place: Path) -> ShardSet:
     """The shards meant by DATASET, written under ``place`` where it is a folder of images or a name."""
     from raydiff.shards import ShardSet
     from raydiff.sources import evaluation_data
 
     data = evaluation_data(dataset, config)
-    return data if isinstance(data, ShardSet) else _prepared(data, str(place / f"shards-{Path(dataset).name}"))
+    return data if isinstance(data, ShardSet) else prepared(data, str(place / f"shards-{Path(dataset).name}"))
 
 
 def _fitted(config: ExperimentConfig, run_dir: Path) -> Detector:
@@ -344,7 +231,7 @@ def _fitted(config: ExperimentConfig, run_dir: Path) -> Detector:
         click.echo(progress_line(metrics, training.num_steps, training.batch_size))
 
     with connect():
-        shards = _shards_of(config, run_dir)
+        shards = shards_of(config, run_dir)
         click.echo(
             f"training {config.denoiser.name} on {shards.count('train')} normal images with"
             f" {config.execution.num_workers} Ray Train worker(s), {training.num_steps} steps of {training.batch_size}"
@@ -370,7 +257,7 @@ def _compare(detector: Detector, shards: ShardSet, place: Path, baselines_from: 
     from raydiff.results import load_evaluations
 
     evaluations = compare(
-        detector, shards, place, baselines_from=baselines_from, command=_command(), progress=_progress
+        detector, shards, place, baselines_from=baselines_from, command=command_line(), progress=progress
     )
     click.echo(table(evaluations))
     results, page = place / RESULTS, place / "report.html"
@@ -378,23 +265,11 @@ def _compare(detector: Detector, shards: ShardSet, place: Path, baselines_from: 
     click.echo(f"results: {results}\nreport: {page}")
 
 
-def _command() -> str:
-    """What was typed."""
-    return shlex.join(["raydiff", *sys.argv[1:]])
-
-
-def _progress(what: str) -> Callable[[int, int], None]:
-    """A line that is rewritten on a terminal, and printed once at the end elsewhere."""
-    terminal = sys.stderr.isatty()
-
-    def show(done: int, total: int) -> None:
-        if terminal or done == total:
-            click.echo(f"\r{what}: {done}/{total} images", err=True, nl=done == total)
-
-    return show
-
-
 def _first_free(path: Path) -> Path:
     if not path.exists():
         return path
     return next(p for i in range(2, 10_000) if not (p := path.with_name(f"{path.name}-{i}")).exists())
+
+
+main.add_command(benchmark)
+main.add_command(sweep)

@@ -1,0 +1,85 @@
+"""What the commands share: options, progress, and a run's shards."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from raydiff.errors import ConfigError
+
+if TYPE_CHECKING:
+    from raydiff.config import DataConfig, ExperimentConfig
+    from raydiff.shards import ShardSet
+
+__all__ = ["Folder", "command_line", "config_argument", "prepared", "progress", "set_option", "shards_of"]
+
+
+class Folder(click.Path):
+    """A local path; says so when it is given a URI."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Refuse a URI.
+
+        Raises:
+            ConfigError: it is one.
+        """
+        if "://" in str(value):
+            raise ConfigError(f"{value}: must be a local path; only shards can lie elsewhere (raydiff prepare --out)")
+        return super().convert(value, param, ctx)
+
+
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change a config field; repeatable."
+)
+config_argument = click.argument("config", required=False, type=Folder())
+
+
+def prepared(data: DataConfig, place: str) -> ShardSet:
+    """The data as shards at a place, written by Ray tasks; says which images were left out."""
+    from raydiff.distributed.cluster import connect
+    from raydiff.distributed.data import prepare as write
+
+    with connect():
+        shards = write(data, place, progress=progress("prepared"))
+    for skipped in shards.skipped:
+        click.echo(f"left out: {skipped.image_id}: {skipped.reason}", err=True)
+    return shards
+
+
+def shards_of(config: ExperimentConfig, run_dir: Path) -> ShardSet:
+    """The run's shards, those the config names or its own: taken as they are when finished, else written.
+
+    Finished shards are never written again here, so other data cannot replace them, and their source may be gone.
+    """
+    from raydiff.shards import ShardSet
+
+    place = config.data.shards or str(run_dir / "shards")
+    if not ShardSet.is_finished(place):
+        return prepared(config.data, place)
+    shards = ShardSet.open(place)
+    shards.check(config.data)
+    return shards
+
+
+def command_line() -> str:
+    """What was typed."""
+    return shlex.join(["raydiff", *sys.argv[1:]])
+
+
+def progress(what: str) -> Callable[[int, int], None]:
+    """A line that is rewritten on a terminal, and printed once at the end elsewhere."""
+    terminal = sys.stderr.isatty()
+
+    def show(done: int, total: int) -> None:
+        if terminal or done == total:
+            click.echo(f"\r{what}: {done}/{total} images", err=True, nl=done == total)
+
+    return show
