@@ -16,7 +16,9 @@ __all__ = ["Parameter", "Suggester", "same", "stored"]
 
 _IntRange = tuple[int, int]  # named here: inside Parameter, int and float are its fields
 _FloatRange = tuple[float, float]
+_Int = int
 _Float = float
+_GOLDEN = 0.381966  # where in a range: hardly ever at a whole number
 
 
 class Suggester(Protocol):
@@ -92,6 +94,13 @@ class Parameter(Section):
         step = self.step or (1 if self.int else None)
         return step is None or math.isclose((value - low) / step, round((value - low) / step), abs_tol=1e-9)
 
+    def probes(self) -> tuple[Any, ...]:
+        """Values to try it with: every choice, or both ends and one inside."""
+        if self.float is None or self.step is not None:
+            return self.spread(3)
+        low, high = self.float
+        return low, low + _GOLDEN * (high - low), high
+
     def suggest(self, trial: Suggester, path: str) -> Any:
         """Ask a trial for a value; Optuna stores lists and mappings as their JSON."""
         if self.choices is not None:
@@ -102,7 +111,7 @@ class Parameter(Section):
         low, high = self.float or (0.0, 0.0)
         return trial.suggest_float(path, low, high, step=self.step, log=self.log)
 
-    def spread(self, count: int) -> tuple[Any, ...]:
+    def spread(self, count: _Int) -> tuple[Any, ...]:
         """All choices, or at most ``count`` numbers evenly from end to end on the parameter's own scale and grid."""
         if self.choices is not None:
             return self.choices

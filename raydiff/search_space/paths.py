@@ -45,7 +45,7 @@ def level_of(path: str) -> Level:
     if section == "scoring":
         from raydiff.judgement import JudgeOptions  # here: it imports torch
 
-        return "judgement" if field in JudgeOptions.model_fields else "evidence"
+        return "judgement" if field != "name" and field in JudgeOptions.model_fields else "evidence"
     return "training"
 
 

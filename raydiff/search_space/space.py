@@ -213,7 +213,7 @@ class SearchSpace(Section):
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
     def parents(self, path: str) -> tuple[str, ...]:
-        """The parameters that are set before this one: those of its conditions, and the component it is an option of."""
+        """The parameters that are set before this one: those of its conditions, and the component it belongs to."""
         section = path.partition(".")[0]
         owners = (section, f"{section}.name") if section in COMPONENTS else ()
         before = {*self.parameters[path].when, *(owner for owner in owners if owner != path)}
@@ -243,17 +243,33 @@ class SearchSpace(Section):
 
 
 def at_fault(space: SearchSpace, params: Mapping[str, Any], attempt: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
-    """The fewest of these values with which ``attempt`` still fails, left out one by one; children before parents."""
+    """Those of the values that ``attempt`` fails with of which another one would do, in the order they are set.
+
+    Where no single change helps, the fewest that still fail, left out one by one, children before parents.
+    """
+    known = [path for path in space.paths() if path in params]
+    blamed = {}
+    for path in known:
+        others = [value for value in space.parameters[path].probes() if not same(value, params[path])]
+        if any(_passes(attempt, {**params, path: value}) for value in others):
+            blamed[path] = params[path]
+    if blamed:
+        return blamed
     blamed = dict(params)
-    for path in reversed([path for path in space.paths() if path in params]):
-        if any(path in space.parents(other) for other in blamed):
-            continue
+    for path in reversed(known):
         fewer = {other: value for other, value in blamed.items() if other != path}
-        try:
-            attempt(fewer)
-        except ConfigError:
+        needed = any(path in space.parents(other) for other in fewer if other in space.parameters)
+        if not needed and not _passes(attempt, fewer):
             blamed = fewer
     return blamed
+
+
+def _passes(attempt: Callable[[dict[str, Any]], Any], params: dict[str, Any]) -> bool:
+    try:
+        attempt(params)
+    except ConfigError:
+        return False
+    return True
 
 
 def _numbers(value: Any) -> Any:
