@@ -70,6 +70,15 @@ def test_each_image_and_its_twin_are_scored_without_it():
         assert [low[row], high[row]] == expected
 
 
+def test_statistics_may_come_from_the_first_images_alone():
+    scorer, normals = build_scorer(), evidence_of(11, seed=2)
+    low, high = judged(scorer, normals, normals * 2, (8, 8), num_folds=3, num_fitted=7)
+    for row in range(11):
+        statistics = scorer.fit(normals[:7][torch.arange(7) % 3 != row % 3])
+        expected = [float(scorer.judge(e[row : row + 1], statistics, (8, 8)).image) for e in (normals, normals * 2)]
+        assert [low[row], high[row]] == expected
+
+
 @pytest.mark.parametrize(
     ("count", "folds", "message"),
     [(5, 5, r"evidence is \(6, 2, 8, 8\) and its twins' \(5"), (6, 7, "6 images and 7 folds"), (6, 1, "and 1 folds")],
@@ -77,6 +86,11 @@ def test_each_image_and_its_twin_are_scored_without_it():
 def test_what_cannot_be_cross_fitted(count, folds, message):
     with pytest.raises(ShapeError, match=message):
         judged(build_scorer(), evidence_of(6), evidence_of(count), (8, 8), num_folds=folds)
+
+
+def test_there_are_no_more_folds_than_images_to_fit_on():
+    with pytest.raises(ShapeError, match="there are 4 images and 5 folds"):
+        judged(build_scorer(), evidence_of(9), evidence_of(9), (8, 8), num_folds=5, num_fitted=4)
 
 
 def test_there_is_one_id_per_image():

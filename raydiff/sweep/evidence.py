@@ -86,7 +86,7 @@ class EvidenceCache:
                 " data.calibration_fraction, or add normal images"
             )
         self.detector, self.model = detector, detector.model
-        self.normals = normals
+        self.normals, self.twins = normals, twins
         self.num_measured = self.num_reused = 0
         self._latents = self._encoded(np.concatenate([normals, twins]))  # (2 n, C, H, W)
         self._limit = limit_mb * 10**6

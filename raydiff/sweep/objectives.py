@@ -24,7 +24,7 @@ from raydiff.sweep.evidence import EvidenceCache
 from raydiff.sweep_records import StepLoss
 from raydiff.training import HeldOut
 
-__all__ = ["measure_setting", "step_losses"]
+__all__ = ["detection_rates", "measure_setting", "step_losses"]
 
 _MIN_SNR = 1e-12
 _BATCH = 64
@@ -51,7 +51,7 @@ def measure_setting(cache: EvidenceCache, config: ExperimentConfig, names: Colle
         )
     scores, labels = np.concatenate([low, high]), np.repeat([False, True], len(low))
     calibration = config.calibration
-    false_alarms, hits = _rates(low, high, calibration.target_fpr, calibration.max_images)
+    false_alarms, hits = detection_rates(low, high, calibration.target_fpr, calibration.max_images)
     values = {
         "selection_auroc": image_auroc(scores, labels),
         "selection_average_precision": average_precision(scores, labels),
@@ -65,8 +65,8 @@ def measure_setting(cache: EvidenceCache, config: ExperimentConfig, names: Colle
     return values
 
 
-def _rates(
-    low: NDArray[np.float64], high: NDArray[np.float64], target_fpr: float, limit: int | None
+def detection_rates(
+    low: NDArray[np.float64], high: NDArray[np.float64], target_fpr: float, limit: int | None = None
 ) -> tuple[float, float]:
     """Shares of the normals and of their twins above a threshold from the other half's normals.
 
