@@ -32,14 +32,20 @@ def load_search_space(path: str | Path) -> SearchSpace:
 
 def _explained(error: ValidationError, where: str) -> str:
     """One line for the first problem; a parameter's own key has dots, which the config's explaining would split at."""
-    first = error.errors()[0]
-    place = first["loc"]
+    problems = error.errors()
+    unknown = [
+        problem["loc"][0] for problem in problems if problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1
+    ]
+    if unknown:  # before what it was meant to be is called missing
+        hint = registry.nearest(str(unknown[0]), sorted(SearchSpace.model_fields))
+        return f"{where}: {unknown[0]} is not a known key; {hint}"
+    place = problems[0]["loc"]
     if place[:1] != ("parameters",) or len(place) < 2:
         return explain(error, where, SearchSpace)
     name = f"parameters.{place[1]}"
-    if first["type"] == "extra_forbidden":
+    if problems[0]["type"] == "extra_forbidden":
         hint = registry.nearest(str(place[2]), sorted(Parameter.model_fields))
         return f"{where}: {name}: {place[2]} is not a known key; {hint}"
-    if first["type"] == "model_type":
-        return f"{where}: {name} is {first['input']!r}; write a distribution, such as {{choices: [1, 2]}}"
+    if problems[0]["type"] == "model_type":
+        return f"{where}: {name} is {problems[0]['input']!r}; write a distribution, such as {{choices: [1, 2]}}"
     return explain(error, where, SearchSpace)

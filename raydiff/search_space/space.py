@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -236,7 +237,7 @@ class SearchSpace(Section):
         try:
             for values in (self.base, params):
                 for path in in_order(values):
-                    assign(data, path, values[path])
+                    assign(data, path, copy.deepcopy(values[path]))  # what is set inside it stays out of the space
             return ExperimentConfig.from_dict(data, "config")
         except ConfigError as error:
             raise ConfigError(str(error).removeprefix("config: ").removeprefix("--set ")) from error
