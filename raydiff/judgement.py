@@ -81,6 +81,15 @@ class Judge:
             statistics |= {f"density.{name}": value for name, value in state.items()}
         return statistics
 
+    def fit_key(self) -> tuple[object, ...]:
+        """Equal for options under which :meth:`fit` gives the same statistics of the same evidence."""
+        options = self.judging
+        shrinkage = options.shrinkage if options.normalise == "pixel" else None
+        if options.density == "none":
+            return options.normalise, shrinkage
+        share = options.pooling_share if options.density_on == "mean_and_top" else None
+        return options.normalise, shrinkage, options.density, options.density_on, share, options.density_components
+
     def judge(self, evidence: Tensor, statistics: Mapping[str, Tensor], image_size: tuple[int, int]) -> Scores:
         """Scores float32 (B,) and maps float32 (B, 1, *image_size) from evidence (B, K, H, W).
 

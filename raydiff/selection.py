@@ -8,7 +8,7 @@ never taken from here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from raydiff.contracts import Perturbation, Scorer
 from raydiff.core.diffusion import keyed_seed
 from raydiff.errors import ShapeError
 
-__all__ = ["SelectionSet", "judged", "selection_set"]
+__all__ = ["SelectionSet", "fold_statistics", "judged", "selection_set"]
 
 
 class SelectionSet(NamedTuple):
@@ -70,6 +70,7 @@ def judged(
     *,
     num_folds: int = 5,
     num_fitted: int | None = None,
+    statistics: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Image scores of the normal half and of the anomalous half, (n,) each, in order; no network is evaluated.
 
@@ -82,24 +83,34 @@ def judged(
         image_size: height and width of the images.
         num_folds: at least 2, and no more than statistics may be fitted on.
         num_fitted: only the first so many normals are fitted on; all of them by default.
+        statistics: what :func:`fold_statistics` gives for the same; fitted anew by default.
 
     Raises:
         ShapeError: there is not one twin for each normal image, or fewer images than folds.
     """
     if normals.shape != twins.shape:
         raise ShapeError(f"evidence is {tuple(normals.shape)} and its twins' {tuple(twins.shape)}; give one twin each")
-    fitted = normals[:num_fitted]
-    if not 2 <= num_folds <= len(fitted):
-        raise ShapeError(f"there are {len(fitted)} images and {num_folds} folds; give 2 or more, not above the images")
+    if statistics is None:
+        statistics = fold_statistics(scorer, normals[:num_fitted], num_folds)
     low, high = np.empty(len(normals)), np.empty(len(normals))
-    fold_of = torch.arange(len(normals)) % num_folds
-    for fold in range(num_folds):
-        inside = fold_of == fold
-        statistics = scorer.fit(fitted[~inside[: len(fitted)]])
+    for fold, fitted in enumerate(statistics):
+        inside = slice(fold, None, len(statistics))
         both = torch.cat([normals[inside], twins[inside]])
-        scores = scorer.judge(both, statistics, image_size).image.double().numpy()
-        low[inside.numpy()], high[inside.numpy()] = np.split(scores, 2)
+        scores = scorer.judge(both, fitted, image_size).image.double().numpy()
+        low[inside], high[inside] = np.split(scores, 2)
     return low, high
+
+
+def fold_statistics(scorer: Scorer, normals: Tensor, num_folds: int) -> list[dict[str, Tensor]]:
+    """For each fold the scorer's statistics of the images outside it; image i is in fold i modulo their number.
+
+    Raises:
+        ShapeError: there are fewer images than folds, or fewer than two folds.
+    """
+    if not 2 <= num_folds <= len(normals):
+        raise ShapeError(f"there are {len(normals)} images and {num_folds} folds; give 2 or more, not above the images")
+    fold_of = torch.arange(len(normals)) % num_folds
+    return [scorer.fit(normals[fold_of != fold]) for fold in range(num_folds)]
 
 
 def _anomalies(seed: int) -> list[Perturbation]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import optuna
+from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState
 
 from raydiff.distributed.points import own_point, stored_point
@@ -15,7 +18,7 @@ from raydiff.search_space import SearchSpace
 from raydiff.sweep.jobs import SCORING, Networks
 from raydiff.sweep_records import Setting
 
-__all__ = ["best_of", "sampler_of", "search_settings"]
+__all__ = ["best_of", "name_objectives", "sampler_of", "search_settings"]
 
 _KEEP_EVERY = 20
 _STARTUP = 10
@@ -81,10 +84,24 @@ def sampler_of(space: SearchSpace, seed: int) -> optuna.samplers.BaseSampler:
         return optuna.samplers.RandomSampler(seed=seed)
     if chosen == "nsga2":
         return optuna.samplers.NSGAIISampler(seed=seed, population_size=max(8, min(50, space.trials // 4)))
-    return optuna.samplers.TPESampler(
-        seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=_STARTUP,
-        warn_independent_sampling=False,
-    )  # fmt: skip
+    with _experimental():  # group: conditional parameters are modelled with those they appear with
+        return optuna.samplers.TPESampler(
+            seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=_STARTUP
+        )
+
+
+def name_objectives(study: optuna.Study, space: SearchSpace) -> None:
+    """For Optuna's own plots."""
+    with _experimental():
+        study.set_metric_names([objective.name for objective in space.objectives])
+
+
+@contextmanager
+def _experimental() -> Iterator[None]:
+    """What Optuna calls experimental is pinned in constraints.txt."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        yield
 
 
 def _only(networks: Networks) -> list[Setting]:

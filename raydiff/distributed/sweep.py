@@ -29,7 +29,7 @@ from ray.tune.search.optuna import OptunaSearch
 from raydiff.config import ExperimentConfig
 from raydiff.distributed.cluster import room_for
 from raydiff.distributed.points import own_point, stored_point
-from raydiff.distributed.second_level import best_of, sampler_of, search_settings, values_of
+from raydiff.distributed.second_level import best_of, name_objectives, sampler_of, search_settings, values_of
 from raydiff.distributed.train import in_a_thread
 from raydiff.errors import ConfigError, RaydiffError
 from raydiff.journal import write_whole
@@ -43,6 +43,12 @@ __all__ = ["Ended", "finished_trials", "fit_of", "open_study", "search"]
 _FAILURE = "failure.json"
 _MAX_RETRIES = 2
 _ATTRIBUTE = "raydiff"
+_TUNE = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the rows and the study are the record
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a report on the way has a loss, the last one the objectives
+    "RAY_AIR_NEW_OUTPUT": "0",  # what there is to say is said by the command
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
@@ -87,7 +93,9 @@ def open_study(space: SearchSpace, *, storage: str, name: str, identity: Mapping
     except ConfigError:
         raise
     except ImportError as error:
-        raise ConfigError(f"--storage {_hidden(storage)}: {error}; install that driver, or leave --storage out") from error
+        raise ConfigError(
+            f"--storage {_hidden(storage)}: {error}; install that driver, or leave --storage out"
+        ) from error
     except Exception as error:  # whatever the driver raises
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
@@ -95,7 +103,7 @@ def open_study(space: SearchSpace, *, storage: str, name: str, identity: Mapping
             " runs and the URL is right, or leave --storage out for a file"
         ) from error
     study.set_user_attr(_ATTRIBUTE, dict(identity))
-    study.set_metric_names([objective.name for objective in space.objectives])
+    name_objectives(study, space)
     return study
 
 
@@ -135,8 +143,7 @@ def search(
     searcher = _Searcher(study, first, total, on_ended)
     place = out / "tune"
     shutil.rmtree(place, ignore_errors=True)
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    os.environ["TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"] = "0"
+    os.environ |= _TUNE
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(_trial, job=first), _held(space)),

@@ -29,12 +29,10 @@ from optuna.trial import TrialState
 from raydiff.config import ExperimentConfig
 from raydiff.distributed.benchmark import RayWorkers
 from raydiff.distributed.points import as_trial
-from raydiff.distributed.second_level import best_of, values_of
-from raydiff.distributed.sensitivity import importances
+from raydiff.distributed.second_level import best_of, name_objectives, values_of
 from raydiff.distributed.sweep import Ended, finished_trials, fit_of, open_study, search
 from raydiff.errors import DataError
 from raydiff.journal import alone_in, write_whole
-from raydiff.report import write_sweep_report
 from raydiff.search_space import SearchSpace
 from raydiff.shards import ShardSet
 from raydiff.suite import Resources
@@ -133,6 +131,9 @@ def run_sweep(
 
 def write_report(sweep: Sweep) -> Path | None:
     """Draw the report again from the rows; None before there are any."""
+    from raydiff.distributed.sensitivity import importances
+    from raydiff.report import write_sweep_report
+
     settings = read_settings(sweep.out)
     if not settings:
         return None
@@ -179,7 +180,8 @@ def status(sweep: Sweep) -> str:
     lines = [
         f"study {sweep.name} in {sweep.url}",
         f"trials: {counts[TrialState.COMPLETE]} complete, {counts[TrialState.PRUNED]} stopped early,"
-        f" {counts[TrialState.FAIL]} failed, {counts[TrialState.RUNNING]} running or interrupted, {left} of {total} left",
+        f" {counts[TrialState.FAIL]} failed, {counts[TrialState.RUNNING]} running or interrupted; {left} of {total} to"
+        " end",
         f"settings measured: {settings}",
     ]
     if counts[TrialState.COMPLETE]:
@@ -281,7 +283,7 @@ def _add_settings(sweep: Sweep, settings: Sequence[Setting]) -> None:
     known = len(study.get_trials(deepcopy=False))
     if known >= len(settings):
         return
-    study.set_metric_names([objective.name for objective in space.objectives])
+    name_objectives(study, space)
     held = {_identity(trial.user_attrs["training"], trial.user_attrs["params"]) for trial in study.trials}
     study.add_trials(
         as_trial(

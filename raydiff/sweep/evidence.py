@@ -8,8 +8,7 @@ other steps ask the network at the new ones alone.
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -23,14 +22,15 @@ from raydiff.cost import measure_cost
 from raydiff.detector import DiffusionDetector
 from raydiff.errors import ConfigError, DataError, ShapeError
 from raydiff.images import ImageSpec, to_tensor
-from raydiff.judgement import JudgeOptions
-from raydiff.selection import judged, selection_set
+from raydiff.judgement import Judge, JudgeOptions
+from raydiff.selection import fold_statistics, judged, selection_set
 from raydiff.shards import ShardSet
+from raydiff.sweep.recent import Recent
 
 __all__ = ["Evidence", "EvidenceCache"]
 
 _MIN_NORMAL = 4
-_MAX_JUDGED = 4096
+_SCORE_BYTES = 64 * 10**6
 _JUDGEMENT = frozenset(JudgeOptions.model_fields) - {"name"}
 _STEPS = frozenset({"start", "stop", "num_inference_steps"})
 """Options that choose a StepScorer's steps; see the contract."""
@@ -89,12 +89,11 @@ class EvidenceCache:
         self.normals, self.twins = normals, twins
         self.num_measured = self.num_reused = 0
         self._latents = self._encoded(np.concatenate([normals, twins]))  # (2 n, C, H, W)
-        self._limit = limit_mb * 10**6
-        self._maps: OrderedDict[tuple[str, int | None], Tensor] = OrderedDict()  # (2 n, K, H, W); K is 1 for a step
-        self._bytes = 0
+        self._maps = Recent[Tensor](limit_mb * 10**6)  # (2 n, K, H, W) by (options, None), or of one step
+        self._fitted = Recent[list[dict[str, Tensor]]](limit_mb * 10**6 // 8)
+        self._scores = Recent[Pair](_SCORE_BYTES)
         self._asked: DiffusionDetector | None = None
         self._last: tuple[tuple[str, tuple[int, ...]], Evidence] | None = None
-        self._judged: OrderedDict[tuple[str, int, int | None], Pair] = OrderedDict()
         self._milliseconds: dict[str, float] = {}
 
     @classmethod
@@ -165,19 +164,17 @@ class EvidenceCache:
         limit = min(config.calibration.max_images or self.num_normal, self.num_normal)
         folds = min(config.calibration.folds, limit)
         key = (config.scoring.model_dump_json(), folds, limit)
-        if key in self._judged:
-            self._judged.move_to_end(key)
+        scores = self._scores.get(key)
+        if scores is not None:
             self.num_reused += self.num_evaluations(config)
-            return self._judged[key]
+            return scores
         evidence = self.evidence(config)
         scorer = self._with(config.scoring).scorer
         size = (evidence.normals.shape[2], evidence.normals.shape[3])  # maps larger than evidence are not needed here
-        self._judged[key] = judged(
-            scorer, evidence.normals, evidence.twins, size, num_folds=folds, num_fitted=limit
-        )  # fmt: skip
-        if len(self._judged) > _MAX_JUDGED:
-            self._judged.popitem(last=False)
-        return self._judged[key]
+        statistics = self._statistics(scorer, config.scoring, evidence.normals[:limit], folds)
+        scores = judged(scorer, *evidence, size, statistics=statistics)
+        self._scores.put(key, scores, 2 * scores[0].nbytes)
+        return scores
 
     def num_evaluations(self, config: ExperimentConfig) -> int:
         """NFE of the config's scorer: network evaluations per image."""
@@ -208,17 +205,17 @@ class EvidenceCache:
 
     def _of_steps(self, scorer: StepScorer, key: str, steps: tuple[int, ...], nfe: int) -> Tensor:
         """(2 n, K, H, W), of which only the steps that are not known are measured."""
-        known = {step: self._maps[key, step] for step in steps if (key, step) in self._maps}
-        missing = [step for step in dict.fromkeys(steps) if step not in known]
+        remembered = {step: self._maps.get((key, step)) for step in steps}
+        known = {step: maps for step, maps in remembered.items() if maps is not None}
+        missing = [step for step, maps in remembered.items() if maps is None]
         if missing:
             fresh = torch.cat([scorer.measure_steps(self.model, x, missing) for x in self._batches()])
             for i, step in enumerate(missing):
                 known[step] = fresh[:, i : i + 1].clone()  # by itself, so that it can be dropped by itself
+                self._maps.put((key, step), known[step], known[step].nbytes)
         per_step = nfe // len(steps)
         self.num_measured += per_step * len(missing)
         self.num_reused += nfe - per_step * len(missing)
-        for step in steps:
-            self._remember((key, step), known[step])
         return torch.cat([known[step] for step in steps], 1)
 
     def _of_all(self, scorer: Scorer, key: str, nfe: int) -> Tensor:
@@ -226,19 +223,23 @@ class EvidenceCache:
         whole = self._maps.get((key, None))
         if whole is None:
             whole = torch.cat([scorer.measure(self.model, x) for x in self._batches()])
+            self._maps.put((key, None), whole, whole.nbytes)
             self.num_measured += nfe
         else:
             self.num_reused += nfe
-        self._remember((key, None), whole)
         return whole
 
-    def _remember(self, key: tuple[str, int | None], maps: Tensor) -> None:
-        if key not in self._maps:
-            self._maps[key] = maps
-            self._bytes += maps.nbytes
-        self._maps.move_to_end(key)
-        while self._bytes > self._limit:
-            self._bytes -= self._maps.popitem(last=False)[1].nbytes
+    def _statistics(
+        self, scorer: Scorer, options: Options, normals: Tensor, folds: int
+    ) -> Sequence[Mapping[str, Tensor]]:
+        """Per fold; kept for settings that differ in blur or pooling alone. ``normals`` are of the last evidence."""
+        fit_key = scorer.fit_key() if isinstance(scorer, Judge) else options.model_dump_json()
+        key = (self._last and self._last[0], fit_key, len(normals), folds)
+        found = self._fitted.get(key)
+        if found is None:
+            found = fold_statistics(scorer, normals, folds)
+            self._fitted.put(key, found, sum(value.nbytes for fold in found for value in fold.values()))
+        return found
 
     def _batches(self) -> Iterator[Tensor]:
         size = self.detector.config.execution.scoring_batch_size

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from raydiff.sweep.evidence import EvidenceCache
-from raydiff.sweep.objectives import measure_setting
 
 from raydiff.config import ExperimentConfig
 from raydiff.core.calibration import Calibration
@@ -28,7 +26,9 @@ from raydiff.journal import read_lines, write_whole
 from raydiff.predictions import Predictions
 from raydiff.search_space import Parameter, SearchSpace
 from raydiff.shards import ShardSet
+from raydiff.sweep.evidence import EvidenceCache
 from raydiff.sweep.jobs import TRAINING, Fit, Job, train_networks
+from raydiff.sweep.objectives import measure_setting
 from raydiff.sweep_records import Refit, Setting
 
 __all__ = ["Curve", "curves", "grid", "is_drawn", "refit", "run_curve"]
@@ -56,9 +56,7 @@ def curves(job: Job, best: Setting) -> list[Curve]:
     found: dict[str, tuple[Job, list[tuple[Mapping[str, Any], str | None]]]] = {}
     for params, varied in [(dict(best.params), None), *_varied(space, best.params, around.values)]:
         of_training = {path: value for path, value in params.items() if path in space.paths(TRAINING)}
-        one = Job(
-            job.out, job.shards, space, job.config, of_training, around.seeds, phase="around", device=job.device
-        )
+        one = Job(job.out, job.shards, space, job.config, of_training, around.seeds, phase="around", device=job.device)
         try:
             key = one.key
         except ConfigError:  # invalid together, though each is in range
@@ -98,10 +96,7 @@ def grid(parameter: Parameter, best: Any, count: int) -> list[Any]:
     if parameter.choices is not None:
         return list(parameter.choices)
     low, high = parameter.int or parameter.float or (0, 0)
-    if parameter.log:
-        values = np.geomspace(low, high, count)
-    else:
-        values = np.linspace(low, high, count)
+    values = np.geomspace(low, high, count) if parameter.log else np.linspace(low, high, count)
     if parameter.step is not None:
         values = low + np.round((values - low) / parameter.step) * parameter.step
     exact = [round(value) for value in values] if parameter.int else [float(f"{value:.4g}") for value in values]

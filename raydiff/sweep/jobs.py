@@ -20,9 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raydiff.sweep.evidence import EvidenceCache
-from raydiff.sweep.objectives import measure_setting, step_losses
-
 from raydiff.config import ExperimentConfig
 from raydiff.config.sections import CalibrationConfig
 from raydiff.detector import DiffusionDetector, load_detector
@@ -32,6 +29,8 @@ from raydiff.journal import write_whole
 from raydiff.plan import training_scoring
 from raydiff.search_space import Level, SearchSpace
 from raydiff.shards import ShardSet
+from raydiff.sweep.evidence import EvidenceCache
+from raydiff.sweep.objectives import measure_setting, step_losses
 from raydiff.sweep_records import (
     Phase,
     Setting,
