@@ -76,3 +76,25 @@ def test_no_score_before_statistics(fields):
     for method in (judge(**fields).surrogate, lambda e, s: judge(**fields).judge(e, s, (12, 9))):
         with pytest.raises(NotCalibratedError, match="no statistics of normal images"):
             method(evidence(1), {})
+
+
+CHANGES = [
+    {"sided": "both"}, {"blur": 0}, {"pooling": "max"}, {"pooling_share": 0.3}, {"normalise": "step"},
+    {"normalise": "none"}, {"shrinkage": 1.0}, {"density": "mahalanobis"}, {"density": "gaussian_mixture"},
+    {"density_on": "mean"}, {"density_components": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", [{}, {"normalise": "step"}, *({"density": d} for d in ("kde", "gaussian_mixture"))])
+def test_the_same_key_means_the_same_statistics(fields):
+    evidence = torch.rand(40, 2, 6, 6, generator=torch.Generator().manual_seed(3)) + 0.1
+    plain = Judge(JudgeOptions(name="x", **fields))
+    same = set()
+    for change in CHANGES:
+        other = Judge(JudgeOptions(name="x", **{**fields, **change}))
+        mine, others = plain.fit(evidence), other.fit(evidence)
+        equal = mine.keys() == others.keys() and all(torch.equal(mine[k], others[k]) for k in mine)
+        assert equal or other.fit_key() != plain.fit_key(), change
+        if other.fit_key() == plain.fit_key():
+            same |= set(change)
+    assert same >= {"sided", "blur", "pooling"}

@@ -8,7 +8,7 @@ other steps ask the network at the new ones alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -35,6 +35,8 @@ _JUDGEMENT = frozenset(JudgeOptions.model_fields) - {"name"}
 _STEPS = frozenset({"start", "stop", "num_inference_steps"})
 """Options that choose a StepScorer's steps; see the contract."""
 
+Name = tuple[str, tuple[int, ...]]
+"""Of evidence: the options that it depends on, and the steps of one that stands by step."""
 Pair = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
@@ -93,7 +95,7 @@ class EvidenceCache:
         self._fitted = Recent[list[dict[str, Tensor]]](limit_mb * 10**6 // 8)
         self._scores = Recent[Pair](_SCORE_BYTES)
         self._asked: DiffusionDetector | None = None
-        self._last: tuple[tuple[str, tuple[int, ...]], Evidence] | None = None
+        self._last: tuple[Name, Evidence] | None = None
         self._milliseconds: dict[str, float] = {}
 
     @classmethod
@@ -137,21 +139,24 @@ class EvidenceCache:
             ConfigError: the network cannot be scored so: fewer steps than asked for, or steps or conditions that it
                 was not trained for.
         """
-        scorer = self._with(config.scoring).scorer
+        return self._named(config.scoring)[1]
+
+    def _named(self, scoring: Options) -> tuple[Name, Evidence]:
+        """Evidence and what it is of; the last is kept as it is, since judgement may be all that changes."""
+        scorer = self._with(scoring).scorer
         by_step = isinstance(scorer, StepScorer) and scorer.by_step(self.model)
         steps = tuple(scorer.timesteps(self.model.schedule)) if by_step else ()
-        key = _evidence_key(config.scoring, by_step=by_step)
+        key = _evidence_key(scoring, by_step=by_step)
         nfe = scorer.num_evaluations(self.model)
         if self._last is not None and self._last[0] == (key, steps):
             self.num_reused += nfe
-            return self._last[1]
+            return self._last
         if isinstance(scorer, StepScorer) and by_step:
             whole = self._of_steps(scorer, key, steps, nfe)
         else:
             whole = self._of_all(scorer, key, nfe)
-        found = Evidence(whole[: self.num_normal], whole[self.num_normal :])
-        self._last = (key, steps), found
-        return found
+        self._last = (key, steps), Evidence(whole[: self.num_normal], whole[self.num_normal :])
+        return self._last
 
     def judged(self, config: ExperimentConfig) -> Pair:
         """Image scores of the normals and of their twins, (n,) each, by :func:`raydiff.selection.judged`.
@@ -168,10 +173,11 @@ class EvidenceCache:
         if scores is not None:
             self.num_reused += self.num_evaluations(config)
             return scores
-        evidence = self.evidence(config)
+        name, evidence = self._named(config.scoring)
         scorer = self._with(config.scoring).scorer
         size = (evidence.normals.shape[2], evidence.normals.shape[3])  # maps larger than evidence are not needed here
-        statistics = self._statistics(scorer, config.scoring, evidence.normals[:limit], folds)
+        fit_key = scorer.fit_key() if isinstance(scorer, Judge) else key
+        statistics = self._statistics(scorer, evidence.normals[:limit], folds, (name, fit_key, limit, folds))
         scores = judged(scorer, *evidence, size, statistics=statistics)
         self._scores.put(key, scores, 2 * scores[0].nbytes)
         return scores
@@ -229,12 +235,8 @@ class EvidenceCache:
             self.num_reused += nfe
         return whole
 
-    def _statistics(
-        self, scorer: Scorer, options: Options, normals: Tensor, folds: int
-    ) -> Sequence[Mapping[str, Tensor]]:
-        """Per fold; kept for settings that differ in blur or pooling alone. ``normals`` are of the last evidence."""
-        fit_key = scorer.fit_key() if isinstance(scorer, Judge) else options.model_dump_json()
-        key = (self._last and self._last[0], fit_key, len(normals), folds)
+    def _statistics(self, scorer: Scorer, normals: Tensor, folds: int, key: Hashable) -> Sequence[Mapping[str, Tensor]]:
+        """Per fold; kept for settings that differ in blur or pooling alone."""
         found = self._fitted.get(key)
         if found is None:
             found = fold_statistics(scorer, normals, folds)

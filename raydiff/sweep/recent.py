@@ -28,7 +28,10 @@ class Recent(Generic[Value]):
 
     def put(self, key: Hashable, value: Value, nbytes: int) -> None:
         """Remember a value of so many bytes, in place of one under the same key; the oldest make room."""
-        self.nbytes += nbytes - self._values.pop(key, (None, 0))[1]
+        self.nbytes -= self._values.pop(key, (None, 0))[1]
+        if nbytes > self.limit:
+            return
         self._values[key] = value, nbytes
+        self.nbytes += nbytes
         while self.nbytes > self.limit:
             self.nbytes -= self._values.popitem(last=False)[1][1]

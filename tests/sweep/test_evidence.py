@@ -116,6 +116,27 @@ def test_scores_of_a_setting_are_remembered(tiny_config: ExperimentConfig) -> No
     assert (cache.num_measured, cache.num_reused) == (8, 24)
 
 
+def test_what_is_remembered_is_what_would_be_measured(tiny_config: ExperimentConfig) -> None:
+    """Settings drawn at random, each also with nothing remembered."""
+    cache = untrained(tiny_config)
+    random = np.random.default_rng(0)
+    choices = {
+        "scoring.normalise": ["none", "step", "pixel"], "scoring.sided": ["high", "both"], "scoring.blur": [0, 1],
+        "scoring.pooling": ["mean", "top_k"], "scoring.pooling_share": [0.02, 0.3], "scoring.shrinkage": [1, 20],
+        "scoring.density": ["none", "none", "mahalanobis", "kde"], "scoring.density_on": ["mean", "mean_and_top"],
+        "calibration.max_images": [None, 6], "calibration.folds": [3, 5], "calibration.target_fpr": [0.05, 0.2],
+        "scoring.num_repeats": [1, 2],
+    }  # fmt: skip
+    seen = set()
+    for _ in range(30):
+        drawn = {path: values[random.integers(len(values))] for path, values in choices.items()}
+        config = tiny_config.override({**drawn, **(FEW if random.integers(2) else MANY)})
+        values = measure_setting(cache, config)
+        seen.add(values["selection_auroc"])
+        assert values == measure_setting(EvidenceCache(cache.detector, cache.normals, cache.twins), config), drawn
+    assert len(seen) > 10
+
+
 def test_what_was_not_used_for_longest_is_dropped_first(tiny_config: ExperimentConfig) -> None:
     """A step takes 18 x 8 x 8 x 4 bytes, 4.6 kB, so that one MB holds 217: nearly seven settings of 32 steps."""
     cache = untrained(tiny_config, limit_mb=1)
