@@ -216,7 +216,8 @@ def _fanova(
     from optuna.importance import FanovaImportanceEvaluator
 
     shares: Shares = {}
-    for group in dict.fromkeys(frozenset(i for i, row in enumerate(rows) if p in row.params) for p in space.parameters):
+    having = {p: frozenset(i for i, row in enumerate(rows) if p in row.params) for p in space.parameters}
+    for group in dict.fromkeys(having.values()):
         members = [rows[i] for i in sorted(group)]
         common = [p for p in distributions if members and all(p in row.params for row in members)]
         few = len({row.training for row in members}) < _MIN_TRAININGS / 2
@@ -225,10 +226,8 @@ def _fanova(
         study = _study(distributions, [replace(row, params={p: row.params[p] for p in common}) for row in members])
         evaluator = FanovaImportanceEvaluator(n_trees=_NUM_TREES, max_depth=_MAX_DEPTH, seed=seed)
         found = evaluator.evaluate(study, common)
-        measured_here = [
-            p for p in space.parameters if frozenset(i for i, r in enumerate(rows) if p in r.params) == group
-        ]
-        shares |= {p: float(found[p]) for path in measured_here for p in (path, path + _COPY)}
+        here = [path for path, where in having.items() if where == group]
+        shares |= {p: float(found[p]) for path in here for p in (path, path + _COPY)}
     return shares
 
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ LABELS = {
     "nfe": "Network evaluations per image",
     "training_seconds": "Seconds of training",
     "loss": "Held-out denoising loss",
+    "realised_fpr": "FPR on selection",
 }
 """Objectives as axes and headings name them."""
 
@@ -105,6 +107,19 @@ class Axis:
         return math.log10(float(value)) if self.log else float(value)
 
     @property
+    def ticks(self) -> tuple[float, ...]:
+        """Numbers to write along a log scale: 1, 2 and 5 times a power of ten, or fewer where these are many."""
+        low, high = self.bounds
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) if self.log else range(0)
+        found: list[float] = []
+        for factors in ((1, 2, 5), (1, 3), (1,)):
+            found = [f * 10.0**power for power in powers for f in factors]
+            found = [tick for tick in found if 0.99 * low <= tick <= 1.01 * high]
+            if len(found) <= _NUM_BINS:
+                break
+        return tuple(found[:: 1 + len(found) // (_NUM_BINS + 1)])
+
+    @property
     def ends(self) -> tuple[float, float]:
         """The lowest and the highest place."""
         if self.choices:
@@ -124,14 +139,18 @@ class Axis:
             return self.choices
         low, high = self.ends
         cuts = [low + (high - low) * i / _NUM_BINS for i in range(_NUM_BINS + 1)]
-        names = [f"{10**cut if self.log else cut:.3g}" for cut in cuts]
-        return tuple(f"{a} – {b}" for a, b in zip(names, names[1:], strict=False))
+        names = [_short(10**cut if self.log else cut) for cut in cuts]
+        return tuple(f"{a} – {b}" for a, b in pairwise(names))
 
     def bin_of(self, value: Any) -> int:
         """Which of :attr:`bins`."""
         if self.choices:
             return min(int(self.place(value)), len(self.choices) - 1)
         return min(_NUM_BINS - 1, max(0, int(_NUM_BINS * self.share(value))))
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if 1000 <= abs(value) < 100000 else f"{value:.3g}"
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 _MAP = "cividis"  # even in lightness, and seen alike with any colour vision
 _MAX_POINTS = 300
 _MAX_LINES = 120
-_MAX_AXES = 7
+_MAX_AXES = 5
 
 
 def number(value: float) -> str:
@@ -62,7 +62,7 @@ def importance_figure(importances: Sequence[Importance], order: Sequence[str], n
     paths = [path for path in order if any(each.path == path for each in importances)]
     thick = 0.8 / len(evaluators)
     with mpl.rc_context(SETTINGS):
-        figure, axes = _canvas(5.2, 1.1 + 0.62 * len(paths))
+        figure, axes = _canvas(5.2, 1.0 + 0.46 * len(paths))
         for k, (evaluator, colour) in enumerate(zip(evaluators, (BLUE, ORANGE, GREEN), strict=False)):
             for each in importances:
                 if each.evaluator != evaluator:
@@ -133,11 +133,15 @@ def grid_figure(grid: Grid, name: str) -> str:
                 axes.text(j, i - 0.08, number(value), ha="center", va="center", color=ink, fontsize=9)
                 axes.text(j, i + 0.28, f"n = {grid.counts[i, j]}", ha="center", va="center", color=ink, fontsize=7)
         axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5), xlabel=grid.across.path, ylabel=grid.down.path)
-        axes.set_xticks(range(columns), [wrapped(text, 9) for text in grid.across.bins], fontsize=8)
-        axes.set_yticks(range(rows), [wrapped(text, 12) for text in grid.down.bins], fontsize=8)
+        axes.set_xticks(range(columns), _bin_names(grid.across, 9), fontsize=8)
+        axes.set_yticks(range(rows), _bin_names(grid.down, 12), fontsize=8)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         return to_svg(figure, name)
+
+
+def _bin_names(axis: Axis, width: int) -> list[str]:
+    return [wrapped(text, width) if axis.choices else text.replace("– ", "–\n") for text in axis.bins]
 
 
 def strip_figure(sweep: Sweep, path: str, name: str) -> str | None:
@@ -219,26 +223,27 @@ def parallel_figure(sweep: Sweep, ranked: Sequence[str], name: str) -> str | Non
     A parameter that a setting does not have, as its condition does not hold, interrupts its line.
     """
     rows = sorted((t.best for t in sweep.valued if t.best is not None), key=sweep.worth)
-    kept = {*ranked[:_MAX_AXES]}
-    axes_of = [axis for path, axis in sweep.axes.items() if path in kept]
+    kept = [path for path in ranked if path in sweep.axes and 2 * sum(path in row.params for row in rows) >= len(rows)]
+    axes_of = [axis for path, axis in sweep.axes.items() if path in kept[:_MAX_AXES]]
     if len(rows) < 2 or not axes_of:
         return None
     rows = [*thinned(rows[:-1], _MAX_LINES), rows[-1]]
     values = [row.values[sweep.lead] for row in rows]
     scale = Normalize(min(values), max(max(values), min(values) + 1e-9))
     with mpl.rc_context(SETTINGS):
-        figure, axes = _canvas(0.9 * len(axes_of) + 1.5, 4.2)
+        figure, axes = _canvas(5.2, 3.8)
         for row, value in zip(rows, values, strict=True):
             heights = [axis.share(row.params[axis.path]) if axis.path in row.params else math.nan for axis in axes_of]
             best = row is rows[-1]
-            axes.plot(range(len(heights) + 1), [*heights, scale(value)], linewidth=2.6 if best else 1.0,
-                      color=ORANGE if best else mpl.colormaps[_MAP](scale(value)), alpha=1.0 if best else 0.6)  # fmt: skip
+            colour = ORANGE if best else mpl.colormaps[_MAP](scale(value))
+            axes.plot(range(len(heights) + 1), [*heights, scale(value)], linewidth=2.6 if best else 1.0, color=colour,
+                      alpha=1.0 if best else 0.6)  # fmt: skip
         for i, axis in enumerate(axes_of):
             _upright(axes, i, _marks(axis))
         _upright(axes, len(axes_of), [(0.0, number(min(values))), (1.0, number(max(values)))])
-        names = [wrapped(axis.path, 13) for axis in axes_of] + [wrapped(label_of(sweep.lead).replace(" ", "_"), 10)
+        names = [wrapped(axis.path, 11) for axis in axes_of] + [wrapped(label_of(sweep.lead).replace(" ", "_"), 10)
                                                                 .replace("_", " ")]  # fmt: skip
-        axes.set_xticks(range(len(names)), names, fontsize=7.5)
+        axes.set_xticks(range(len(names)), names, fontsize=8)
         axes.set(yticks=[], ylim=(-0.04, 1.06), xlim=(-0.1, len(axes_of) + 0.65))
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
@@ -248,13 +253,13 @@ def parallel_figure(sweep: Sweep, ranked: Sequence[str], name: str) -> str | Non
 def _marks(axis: Axis) -> list[tuple[float, str]]:
     if axis.choices:
         return [(i / max(1, len(axis.choices) - 1), wrapped(text, 12)) for i, text in enumerate(axis.choices)]
-    return [(0.0, f"{axis.bounds[0]:g}"), (1.0, f"{axis.bounds[1]:g}")]
+    return [(0.0, value_name(axis.bounds[0])), (1.0, value_name(axis.bounds[1]))]
 
 
 def _upright(axes: Axes, x: float, marks: Sequence[tuple[float, str]]) -> None:
     axes.plot([x, x], [0, 1], color=INK, linewidth=0.8)
     for y, text in marks:
-        axes.text(x + 0.05, y, text, fontsize=7.5, va="center", ha="left")
+        axes.text(x + 0.05, y, text, fontsize=8, va="center", ha="left")
 
 
 def front_figure(found: Front, sweep: Sweep, objective: str, name: str) -> str:
@@ -288,6 +293,8 @@ def _parameter_ticks(axes: Axes, axis: Axis, values: Sequence[object]) -> None:
         axes.set_xlim(min(shown) - 0.6, max(shown) + 0.6)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(4))
+        if axis.log and len(axis.ticks) > 1:
+            axes.set_xticks([math.log10(tick) for tick in axis.ticks])
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: value_name(10**x if axis.log else float(x))))
     axes.set_xlabel(axis.path + (" (log scale)" if axis.log else ""))
 

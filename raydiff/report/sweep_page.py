@@ -67,6 +67,7 @@ class _Page:
             created=self._created(),
             objective=label_of(sweep.lead),
             lead=sweep_words.lead(sweep, self.importances, self.curves, self.spreads),
+            fate=sweep_words.fate(sweep),
             survival=self._kept([sweep_tables.survival_table(sweep)]),
             survival_missing=" ".join(sweep_words.survival(sweep)),
             importance=self._importance(),

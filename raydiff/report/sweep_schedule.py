@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from raydiff.report.figures import INK, SETTINGS, Style, styles, to_svg
@@ -99,6 +100,10 @@ def _figure(
             if curves:
                 _median(curves, look, f"{family.name} ({len(curves)})", axes)
         axes.set(yscale="log", xlabel=xlabel, ylabel=f"{ylabel} (log scale)")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(color=INK, alpha=0.12, linewidth=0.6)
         figure.legend(loc="outside lower center", ncols=2)
         return to_svg(figure, name)

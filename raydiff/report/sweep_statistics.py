@@ -70,8 +70,9 @@ def spreads(sweep: Sweep) -> list[Spread]:
         if len(present) > 1:
             shuffled = [_range(_means(values, rng.permutation(bins), present)) for _ in range(_NUM_SHUFFLES)]
             means = _means(values, bins, present)
+            counts = tuple(int((bins == i).sum()) for i in present)
             found.append(Spread(
-                path, tuple(axis.bins[i] for i in present), tuple(means), tuple(int((bins == i).sum()) for i in present),
+                path, tuple(axis.bins[i] for i in present), tuple(means), counts,
                 _range(means), float(np.percentile(shuffled, 95)),
             ))  # fmt: skip
     return sorted(found, key=lambda spread: -spread.value)

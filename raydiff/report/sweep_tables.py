@@ -46,7 +46,7 @@ def survival_table(sweep: Sweep) -> Table | None:
     rows.append(Row("winner − start", [_paired_cell(sweep, split, metric) for split, metric in columns], main=True))
     headings = [Heading(label_of(sweep.lead), "Selection"), *(Heading(_TEST[name], "Test") for name in metrics)]
     return Table(
-        "survival", "What survives", "Config", headings, rows,
+        "survival", "Promised, refitted and tested", "Config", headings, rows,
         "Mean over fresh seeds ± one standard deviation; last row: paired by seed with its 95 % interval (Student's t),"
         " bold where it leaves out zero. The promise is the best of many, so it is too good.",
     )  # fmt: skip
@@ -162,8 +162,8 @@ def grid_table(grid: Grid, at: int) -> Table:
 
 def front_table(found: Front, sweep: Sweep) -> Table:
     """Members with their parameters."""
-    return _settings_table("front", "Settings on the front", sweep, found.members, found.objectives,
-                           "No other measured setting is better in one objective without being worse in another.")  # fmt: skip
+    caption = "No other measured setting is better in one objective without being worse in another."
+    return _settings_table("front", "Settings on the front", sweep, found.members, found.objectives, caption)
 
 
 def best_settings(sweep: Sweep) -> Table:

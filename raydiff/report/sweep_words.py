@@ -14,7 +14,7 @@ from raydiff.report.sweep_statistics import Curve, Paired, Spread, paired
 from raydiff.report.words import count
 from raydiff.sweep_records import Refit
 
-__all__ = ["GLOSSARY", "TEST_METRIC", "gap", "lead", "matters", "mean_of", "proxy", "setting_name", "survival"]
+__all__ = ["GLOSSARY", "TEST_METRIC", "fate", "gap", "lead", "matters", "mean_of", "proxy", "setting_name", "survival"]
 
 TEST_METRIC = {"selection_average_precision": "average_precision", "detection_rate": "realised_tpr"}
 """What test says of an objective; of all others ``auroc``."""
@@ -45,10 +45,10 @@ GLOSSARY = {
 
 
 def lead(sweep: Sweep, importances: Sequence[Importance], curves: Sequence[Curve], spreads: Sequence[Spread]) -> str:
-    """The first paragraph."""
+    """The first paragraph: what was searched, best against worst, what matters and what does not."""
+    clear = [each.path for each in importances if each.is_clear]
     return " ".join([
-        *_searched(sweep), *_extremes(sweep), *matters(sweep, importances, curves, spreads), *survival(sweep),
-        *_spared(sweep), *_stopped(sweep),
+        *_searched(sweep), *_extremes(sweep, clear), *matters(sweep, importances, curves, spreads)
     ])  # fmt: skip
 
 
@@ -76,16 +76,20 @@ def _searched(sweep: Sweep) -> list[str]:
             .replace("by AUROC on selection", "by AUROC")]  # fmt: skip
 
 
-def _extremes(sweep: Sweep) -> list[str]:
+def fate(sweep: Sweep) -> str:
+    """The second: what is left of the gain, and what the search cost."""
+    return " ".join([*survival(sweep), *_spared(sweep), *_stopped(sweep)])
+
+
+def _extremes(sweep: Sweep, clear: Collection[str]) -> list[str]:
     valued = sorted(sweep.valued, key=lambda trial: sweep.sign * sweep.value(trial))
     if len(valued) < 2:
         return [f"The best setting reaches {number(sweep.value(valued[0]))}."] if valued else []
     worst, best = valued[0], valued[-1]
     said = gap(sweep.lead, abs(sweep.value(best) - sweep.value(worst)))
-    return [
-        f"Between the best training and the worst, each by its best setting, lie {said}: {number(sweep.value(best))}"
-        f" with {setting_name(best.params)}, and {number(sweep.value(worst))} with {setting_name(worst.params)}."
-    ]
+    named = {path for path in {**best.params, **worst.params} if path in clear} or None
+    ends = [f"{number(sweep.value(trial))} with {setting_name(trial.params, named)}" for trial in (best, worst)]
+    return [f"Between the best training and the worst, each by its best setting, lie {said}: {ends[0]}, and {ends[1]}."]
 
 
 def matters(
@@ -286,10 +290,12 @@ def proxy(sweep: Sweep, rank: tuple[Estimate, int] | None) -> str:
     low, high = sorted((-sweep.sign * (estimate.low or 0.0), -sweep.sign * (estimate.high or 0.0)))
     if low > 0:
         verdict = "a lower loss goes with a better training" + (
-            ", so pruning on it is sound" if low > 0.5 else ", though loosely: pruning on it loses some good ones"
+            ", so the loss is a good proxy here"
+            if low > 0.5
+            else ", but loosely: stopping by the loss can lose good ones"
         )
     elif high < 0:
-        verdict = "a lower loss goes with a worse training, so pruning on it misleads"
+        verdict = "a lower loss goes with a worse training, so stopping by the loss misleads"
     else:
         verdict = "whether a lower loss goes with a better training cannot be told: the loss is no proven proxy"
     shown = f"{estimate.value:.2f} (95 % interval {estimate.low:.2f} to {estimate.high:.2f})".replace("-", "−")
