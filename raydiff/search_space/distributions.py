@@ -16,9 +16,8 @@ __all__ = ["Parameter", "Suggester", "same", "stored"]
 
 _IntRange = tuple[int, int]  # named here: inside Parameter, int and float are its fields
 _FloatRange = tuple[float, float]
-_Int = int
 _Float = float
-_GOLDEN = 0.381966  # where in a range: hardly ever at a whole number
+_INSIDE = 0.381966  # where in a range: hardly ever at a whole number
 
 
 class Suggester(Protocol):
@@ -95,11 +94,14 @@ class Parameter(Section):
         return step is None or math.isclose((value - low) / step, round((value - low) / step), abs_tol=1e-9)
 
     def probes(self) -> tuple[Any, ...]:
-        """Values to try it with: every choice, or both ends and one inside."""
-        if self.float is None or self.step is not None:
-            return self.spread(3)
-        low, high = self.float
-        return low, low + _GOLDEN * (high - low), high
+        """Values to try it with: every choice, or both ends and one inside, on the grid where there is one."""
+        if self.choices is not None:
+            return self.choices
+        low, high = self.range or (0, 0)
+        step = self.step or (1 if self.int else None)
+        inside = low + (_INSIDE * (high - low) if step is None else step * round(_INSIDE * (high - low) / step))
+        kind = int if self.int else float
+        return tuple(dict.fromkeys(kind(value) for value in (low, inside, high)))
 
     def suggest(self, trial: Suggester, path: str) -> Any:
         """Ask a trial for a value; Optuna stores lists and mappings as their JSON."""
@@ -110,23 +112,6 @@ class Parameter(Section):
             return trial.suggest_int(path, *self.int, step=int(self.step or 1), log=self.log)
         low, high = self.float or (0.0, 0.0)
         return trial.suggest_float(path, low, high, step=self.step, log=self.log)
-
-    def spread(self, count: _Int) -> tuple[Any, ...]:
-        """All choices, or at most ``count`` numbers evenly from end to end on the parameter's own scale and grid."""
-        if self.choices is not None:
-            return self.choices
-        low, high = self.range or (0, 0)
-        shares = [k / (count - 1) for k in range(count)]
-        if self.log:
-            values = [low * (high / low) ** share for share in shares]
-        else:
-            values = [low + (high - low) * share for share in shares]
-        values[0], values[-1] = low, high
-        if step := self.step:
-            values = [float(Decimal(str(low)) + round((v - low) / step) * Decimal(str(step))) for v in values]
-        if self.int is not None:
-            values = [round(value) for value in values]
-        return tuple(dict.fromkeys(values))
 
 
 def stored(value: Any) -> Any:

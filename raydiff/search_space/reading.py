@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from raydiff import registry
 from raydiff.config.explaining import explain
 from raydiff.errors import ConfigError
 from raydiff.search_space.distributions import Parameter
-from raydiff.search_space.space import SearchSpace
+from raydiff.search_space.space import Around, Objective, Pruning, SearchSpace
 from raydiff.yaml_file import read_mapping
 
 __all__ = ["load_search_space"]
+
+_PARTS: dict[str, type[BaseModel]] = {
+    "parameters": Parameter, "objectives": Objective, "pruning": Pruning, "around": Around,
+}  # fmt: skip
+"""What is below these keys of the file."""
 
 
 def load_search_space(path: str | Path) -> SearchSpace:
@@ -31,21 +36,17 @@ def load_search_space(path: str | Path) -> SearchSpace:
 
 
 def _explained(error: ValidationError, where: str) -> str:
-    """One line for the first problem; a parameter's own key has dots, which the config's explaining would split at."""
+    """One line for the first problem; an unknown key goes first, before what it was meant to be is called missing."""
     problems = error.errors()
-    unknown = [
-        problem["loc"][0] for problem in problems if problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1
-    ]
-    if unknown:  # before what it was meant to be is called missing
-        hint = registry.nearest(str(unknown[0]), sorted(SearchSpace.model_fields))
-        return f"{where}: {unknown[0]} is not a known key; {hint}"
-    place = problems[0]["loc"]
-    if place[:1] != ("parameters",) or len(place) < 2:
-        return explain(error, where, SearchSpace)
-    name = f"parameters.{place[1]}"
-    if problems[0]["type"] == "extra_forbidden":
-        hint = registry.nearest(str(place[2]), sorted(Parameter.model_fields))
-        return f"{where}: {name}: {place[2]} is not a known key; {hint}"
-    if problems[0]["type"] == "model_type":
-        return f"{where}: {name} is {problems[0]['input']!r}; write a distribution, such as {{choices: [1, 2]}}"
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
+    place = [str(part) for part in first["loc"]]
+    name = ".".join(place)
+    if first["type"] == "extra_forbidden":
+        parent, known = ".".join(place[:-1]), _PARTS.get(place[0], SearchSpace).model_fields
+        inside = f"{parent}: " if parent else ""
+        return f"{where}: {inside}{place[-1]} is not a known key; {registry.nearest(place[-1], sorted(known))}"
+    if first["type"] == "model_type" and place[0] == "parameters":
+        return f"{where}: {name} is {first['input']!r}; write a distribution, such as {{choices: [1, 2]}}"
+    if first["type"] == "tuple_type":
+        return f"{where}: {name} is {first['input']!r}; write a list, such as [1, 2]"
     return explain(error, where, SearchSpace)

@@ -163,18 +163,6 @@ class SearchSpace(Section):
                 values[path] = self.parameters[path].suggest(trial, path)
         return values
 
-    def stored(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Values as Optuna stores them, for ``enqueue_trial`` or ``points_to_evaluate``."""
-        return {path: stored(value) for path, value in params.items()}
-
-    def restored(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Values as the config has them, from those that Optuna stored (``trial.params``)."""
-        values = {}
-        for path, value in params.items():
-            choices = self.parameters[path].choices or ()
-            values[path] = next((choice for choice in choices if same(stored(choice), value)), value)
-        return values
-
     def apply(self, config: ExperimentConfig, params: Mapping[str, Any]) -> ExperimentConfig:
         """The config with ``base`` and then the parameters' values set; names of components before their options.
 

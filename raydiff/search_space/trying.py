@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from raydiff.config import ExperimentConfig
-from raydiff.errors import ConfigError
+from raydiff.errors import ConfigError, RaydiffError
 from raydiff.search_space.distributions import stored
 from raydiff.search_space.space import SearchSpace, at_fault
 
@@ -45,7 +45,7 @@ class _Trials:
 
     def draw(self, fixed: Mapping[str, Any]) -> _Draw:
         """A random stand-in for an Optuna trial, with some values given."""
-        return _Draw(self.random, self.space.stored(fixed))
+        return _Draw(self.random, {path: stored(value) for path, value in fixed.items()})
 
     def one(self, path: str, value: Any) -> None:
         """A value works alone with what it depends on, or in some random combination: other parameters may need it."""
@@ -90,12 +90,30 @@ class _Trials:
         from raydiff.detector.building import build_denoiser, build_scorer, build_space
 
         config = self.space.apply(self.config, params)
+        if self.space.num_workers > 1:
+            config = self._shared(config)
         build_scorer(config, num_classes=2)
         network = json.dumps([config.to_dict()[key] for key in ("space", "denoiser")] + [config.objective.condition])
         if self.vary_network and network not in self.networks:
-            with torch.device("meta"):
-                build_denoiser(config, build_space(config), num_classes=2)
+            try:
+                with torch.device("meta"):
+                    build_denoiser(config, build_space(config), num_classes=2)
+            except RaydiffError:
+                raise
+            except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:  # of its library
+                raise ConfigError(
+                    f"denoiser {config.denoiser.name} cannot be built ({' '.join(str(error).split())})"
+                ) from error
             self.networks.add(network)
+
+    def _shared(self, config: ExperimentConfig) -> ExperimentConfig:
+        """The config with the trial's workers, among which a batch is divided."""
+        try:
+            return config.override({"execution.num_workers": self.space.num_workers})
+        except ConfigError as error:
+            raise ConfigError(
+                f"num_workers is {self.space.num_workers}: {str(error).removeprefix('--set: ')}"
+            ) from None
 
     def _works(self, params: Mapping[str, Any]) -> bool:
         try:
