@@ -389,6 +389,7 @@ def test_what_only_building_shows(digits: ExperimentConfig, parameters: dict[str
         ({"base": {"training.num_stpes": 3}}, "base: training.num_stpes: 'num_stpes' is not a known key; did you mean"),
         ({"base": {"training.num_steps": -3}}, "base: training.num_steps is -3"),
         ({"base": {"seed": 3}}, "base: seed is set by the sweep; list seeds under seeds"),
+        ({"base": {"data.calibration_fraction": 0.5}}, "base: data.calibration_fraction says which images there are"),
         ({"base": {"execution.use_gpu": True}}, "set num_gpus"),
         ({"num_workers": 3}, "num_workers is 3: training.batch_size is 64; it must be a multiple of"),
         ({"objectives": ["selection_aurok"]}, "did you mean 'selection_auroc'?"),

@@ -25,7 +25,7 @@ COMPONENTS = ("space", "denoiser", "scoring")
 _SECTIONS = ("schedule", "objective", "training", "calibration")
 
 _REFUSED = {
-    "data": "a sweep compares settings on the same images; set it in the config, or under base",
+    "data": "a sweep compares settings on the same images; set it in the config, or with --set",
     "seed": "list seeds under seeds",
     "execution": "resources go under num_cpus, num_gpus and num_workers",
 }

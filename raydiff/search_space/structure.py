@@ -54,6 +54,8 @@ def _with_base(space: SearchSpace, config: ExperimentConfig) -> ExperimentConfig
     for path in space.base:
         if path in _SET_BY_THE_SWEEP:
             raise ConfigError(f"base: {path} is set by the sweep; {_SET_BY_THE_SWEEP[path]}")
+        if path.partition(".")[0] == "data":
+            raise ConfigError(f"base: {path} says which images there are; set it in the config, or with --set")
     return space.apply(config, {})
 
 
