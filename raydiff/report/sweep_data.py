@@ -71,8 +71,8 @@ def value_name(value: Any) -> str:
 class Importance:
     """How much one parameter moves the objective, by one way to measure it.
 
-    ``value`` is a share in [0, 1] (``fanova``: of the variance over the space that this parameter alone explains;
-    ``ped_anova``: of the divergence of the best tenth from all, summed over parameters and shuffled copies; see
+    ``value`` is a share in [0, 1]: for ``fanova`` of the variance over the whole space that this parameter explains
+    alone, for ``mean_decrease_impurity`` of the variance among the settings that were tried (see
     :mod:`raydiff.distributed.sensitivity`). ``low`` and ``high`` are the 2.5th and 97.5th percentile over bootstrap
     draws of trainings, ``chance`` the 97.5th percentile of what the same parameter gets with its values shuffled, and
     ``is_clear`` whether it lies above its shuffled copy in 97.5 % of the draws.

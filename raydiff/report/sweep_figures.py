@@ -86,7 +86,7 @@ def importance_figure(importances: Sequence[Importance], order: Sequence[str], n
         return to_svg(figure, name)
 
 
-EVALUATOR_NAMES = {"fanova": "fANOVA", "ped_anova": "PED-ANOVA"}
+EVALUATOR_NAMES = {"fanova": "fANOVA", "mean_decrease_impurity": "Impurity"}
 
 
 def curve_figure(curve: Curve, objective: str, limits: tuple[float, float], name: str) -> str:

@@ -93,6 +93,12 @@ class _Page:
         by_curve = [curve.axis.path for curve in sorted(self.curves, key=lambda curve: -curve.range)]
         return list(dict.fromkeys([*(spread.path for spread in self.spreads), *by_curve, *self.sweep.axes]))
 
+    def _wanted(self) -> list[str]:
+        """For the pairs: those told from chance first, and conditional ones last, as most of their cells are empty."""
+        clear = {each.path for each in self.importances if each.is_clear}
+        parameters = self.sweep.space.parameters
+        return sorted(self.ranked, key=lambda path: (path not in clear, bool(parameters[path].when)))
+
     def _kept(self, found: Sequence[Table | None]) -> list[Table]:
         """Tables that exist, remembered for their files."""
         kept = [table for table in found if table is not None]
@@ -125,7 +131,7 @@ class _Page:
         return {"figures": drawn, "tables": tables}
 
     def _grids(self) -> list[dict[str, Any]]:
-        found = grids(self.sweep, self.ranked)
+        found = grids(self.sweep, self._wanted())
         self.tables += [sweep_tables.grid_table(grid, i) for i, grid in enumerate(found)]
         return [
             {"title": f"{grid.down.path} by {grid.across.path}", "noun": f"{grid.noun}s",

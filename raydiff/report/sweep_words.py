@@ -32,8 +32,8 @@ GLOSSARY = {
     "Setting": "one combination of all parameters, measured on a training that is there already",
     "fANOVA": "a forest is fitted to the objective; the share of its variance over the whole space that a parameter"
     " explains alone (Hutter et al. 2014). What interactions explain belongs to none",
-    "PED-ANOVA": "how far the best tenth of the settings differ in a parameter from all of them, as a share of the sum"
-    " over parameters and their shuffled copies (Watanabe et al. 2023)",
+    "Impurity": "mean decrease in impurity: the share of the variance among the settings that were tried which the"
+    " forest's splits on a parameter take away, interactions included (Breiman 2001)",
     "Interval of an importance": "2.5th to 97.5th percentile over draws of trainings with replacement, each with its"
     " settings",
     "Chance": "what the same parameter gets with its values shuffled; a full bar beats its shuffled copy in 97.5 % of"
@@ -116,8 +116,6 @@ def _first_of(clear: Sequence[Importance], first: Sequence[Importance]) -> list[
     beyond = f"; its interval overlaps that of {listed(rivals)}" if rivals else "; its interval is clear of all others"
     said = [f"{top.path} matters most: {_name(top)} gives it {top.value:.2f} of the variance"
             f" (95 % interval {top.low:.2f} to {top.high:.2f}){beyond}."]  # fmt: skip
-    if top.evaluator != "fanova":
-        said = [said[0].replace(" of the variance", "")]
     if others := [f"{each.path} ({each.value:.2f})" for each in clear[1:] if each.value >= _SMALL]:
         said.append(f"{listed(others)} matter{'s' * (len(others) == 1)} too.")
     if small := [each.path for each in clear[1:] if each.value < _SMALL]:
