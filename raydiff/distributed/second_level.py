@@ -25,9 +25,9 @@ _STARTUP = 10
 
 
 def search_settings(networks: Networks, count: int, on_kept: Callable[[int], None] = lambda _: None) -> list[Setting]:
-    """Measure so many settings of the parameters that change no weights; rows are kept as it goes.
+    """Try so many settings of the parameters that change no weights; each has one row, which is kept as it goes.
 
-    The first is the config's own. What an interrupted search had measured counts, and is told to the sampler.
+    A setting that is proposed again is not measured again, so in a small space there are fewer rows. The first is the config's own. What an interrupted search had measured counts, and is told to the sampler.
 
     Raises:
         ConfigError: not one of them can be measured.
@@ -46,6 +46,7 @@ def search_settings(networks: Networks, count: int, on_kept: Callable[[int], Non
     for _ in range(len(rows), count):
         trial = study.ask()
         params = {**given, **space.suggest(trial, SCORING, given)}
+        known = len(networks.measured)
         try:
             row = networks.measure(params)
         except (ConfigError, ShapeError) as error:  # as more steps than this schedule has
@@ -53,7 +54,8 @@ def search_settings(networks: Networks, count: int, on_kept: Callable[[int], Non
             refused = str(error)
             continue
         study.tell(trial, values_of(space, row))
-        unkept.append(row)
+        if len(networks.measured) > known:  # not proposed before
+            unkept.append(row)
         if len(unkept) >= _KEEP_EVERY:
             networks.keep(unkept)
             rows += unkept
