@@ -7,8 +7,8 @@ Two of Optuna's evaluators, on an in-memory study that is built of the rows of `
 * ``mean_decrease_impurity`` (Breiman 2001): the share of the variance among the settings that were tried which the
   forest's splits on a parameter take away, interactions included.
 
-The first speaks of the space evenly, the second of where the sampler went. PED-ANOVA, Optuna's third, was tried and left
-out: with 35 trainings its intervals could not tell a parameter with nine tenths of the variance from chance.
+The first speaks of the space evenly, the second of where the sampler went. PED-ANOVA, Optuna's third, was tried and
+left out: with 35 trainings its intervals could not tell a parameter with nine tenths of the variance from chance.
 
 Settings of one training are not independent, so trainings are drawn with replacement, each with its settings. No
 importance can be negative, so zero is no yardstick: beside each parameter stands a copy of it with its values shuffled
@@ -182,7 +182,7 @@ def _measured(space: SearchSpace, rows: Sequence[_Row], rng: Generator) -> dict[
 
 
 def _evaluated(study: optuna.Study, paths: list[str], seed: int) -> dict[str, Shares]:
-    """``paths`` must be in alphabetical order: Optuna 5.0 gives the second evaluator's figures to the wrong names else."""
+    """``paths`` must be sorted: Optuna 5.0 names the second evaluator's figures in their order, but has sorted them."""
     from optuna.importance import FanovaImportanceEvaluator, MeanDecreaseImpurityImportanceEvaluator
 
     fanova = FanovaImportanceEvaluator(n_trees=_NUM_TREES, max_depth=_MAX_DEPTH, seed=seed)

@@ -75,7 +75,7 @@ class _Page:
             grids=self._grids(),
             schedule=self._schedule(),
             rates=self._rates(),
-            parallel=markup(figures.parallel_figure(sweep, self.ranked, "parallel")),
+            parallel=markup(figures.parallel_figure(sweep, self._wanted(), "parallel")),
             history=markup(figures.history_figure(sweep, "history")),
             front=self._front(),
             tables=self._kept([sweep_tables.best_settings(sweep) if sweep.search else None,
@@ -94,7 +94,7 @@ class _Page:
         return list(dict.fromkeys([*(spread.path for spread in self.spreads), *by_curve, *self.sweep.axes]))
 
     def _wanted(self) -> list[str]:
-        """For the pairs: those told from chance first, and conditional ones last, as most of their cells are empty."""
+        """For pairs and lines: those told from chance first, and conditional ones last, as they are often not there."""
         clear = {each.path for each in self.importances if each.is_clear}
         parameters = self.sweep.space.parameters
         return sorted(self.ranked, key=lambda path: (path not in clear, bool(parameters[path].when)))

@@ -119,7 +119,8 @@ def _first_of(clear: Sequence[Importance], first: Sequence[Importance]) -> list[
     if others := [f"{each.path} ({each.value:.2f})" for each in clear[1:] if each.value >= _SMALL]:
         said.append(f"{listed(others)} matter{'s' * (len(others) == 1)} too.")
     if small := [each.path for each in clear[1:] if each.value < _SMALL]:
-        said.append(f"{listed(small)} {'is' if len(small) == 1 else 'are'} told from chance, but with less than 1 %.")
+        verbs = "is told from chance, but gives" if len(small) == 1 else "are told from chance, but give"
+        said.append(f"{listed(small)} {verbs} less than 1 %.")
     return said
 
 

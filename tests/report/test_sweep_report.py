@@ -264,7 +264,7 @@ def test_the_words_name_what_matters_and_what_does_not(page):
     assert "its interval is clear of all others" in page.words
     assert f"{NO_EFFECT} does not matter here" in page.words
     assert "scoring.start (0.06) matters too" in page.words
-    assert "scoring.pooling is told from chance, but with less than 1 %" in page.words
+    assert "scoring.pooling is told from chance, but gives less than 1 %" in page.words
 
 
 def test_a_rival_within_the_interval_is_named(sweep):
