@@ -415,6 +415,7 @@ def test_the_loss_is_no_measure_where_it_changes_its_meaning(digits: ExperimentC
     )
     assert "loss cannot be compared" in refusal(weighting | LEARNING_RATE, digits, objectives=["loss"])
     pooling = {"scoring.pooling": {"choices": ["mean", "max"]}}
+    assert "num_workers is 2); leave pruning out" in refusal(LEARNING_RATE, digits, pruning={}, num_workers=2)
     assert "no parameter here opens one; leave pruning out" in refusal(pooling, digits, pruning={})
     assert "training_seconds is the same whatever" in refusal(pooling, digits, objectives=["training_seconds"])
     space_of(LEARNING_RATE, pruning={}, objectives=["loss"]).check(digits, "space.yaml")

@@ -52,6 +52,7 @@ def sweep(
     wanted, start = load_search_space(space), config_of(config, overrides)
     if trials is not None:
         wanted = wanted.model_copy(update={"trials": trials})
+    start = start.override(wanted.workers)
     wanted.check(start, str(space))
     place = out or Path("runs") / space.stem
     this = Sweep(wanted, start, place, study or space.stem, storage)

@@ -217,7 +217,7 @@ def _refitted(
     for which, params in (("winner", best.params), ("start", {})):
         for seed in space.refit_seeds:
             place = job.out / "refit" / f"{which}-{job.scored(params, seed).digest()[:12]}"
-            config = job.scored(params, seed).override(job.workers)
+            config = job.scored(params, seed)
             call = partial(refit, config, place, shards, names, fit=fit_of(space), test=test, device=job.device)
             tasks.append(Task(f"{which}-{seed}", "training", f"{which}, seed {seed}", (), _resources(space), call))
     found: dict[str, Refit] = {}

@@ -111,6 +111,15 @@ class SearchSpace(Section):
                 )
         return self
 
+    @property
+    def workers(self) -> dict[str, Any]:
+        """Config fields of what one training holds."""
+        return {
+            "execution.num_workers": self.num_workers,
+            "execution.cpus_per_worker": self.num_cpus,
+            "execution.use_gpu": self.num_gpus > 0,
+        }
+
     def level(self, path: str) -> Level:
         """Which kind of work a parameter costs.
 

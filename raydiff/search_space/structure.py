@@ -173,6 +173,10 @@ def _check_pruning(space: SearchSpace, start: ExperimentConfig) -> None:
         return
     if not space.paths(["training"]):
         raise ConfigError("pruning stops trainings, and no parameter here opens one; leave pruning out")
+    if space.num_workers > 1:
+        raise ConfigError(
+            f"pruning cannot stop a trial of several workers (num_workers is {space.num_workers}); leave pruning out"
+        )
     if different := _loss_differs(space):
         raise ConfigError(
             f"pruning goes by the denoising loss, and {different} changes what that measures; leave pruning out"

@@ -72,18 +72,9 @@ class Job:
     device: str = "cpu"
 
     @property
-    def workers(self) -> dict[str, Any]:
-        """Config fields of what one training holds."""
-        return {
-            "execution.num_workers": self.space.num_workers,
-            "execution.cpus_per_worker": self.space.num_cpus,
-            "execution.use_gpu": self.space.num_gpus > 0,
-        }
-
-    @property
     def fitted(self) -> ExperimentConfig:
         """The config of the training: seed 0, one worker per trial's own, scoring and threshold of no account."""
-        config = self.space.apply(self.config, self.params).override(self.workers)
+        config = self.space.apply(self.config.override(self.space.workers), self.params)
         if self.space.pruning is not None:
             every = min(config.training.validate_every, self.space.pruning.grace_steps)
             config = config.override({"training.validate_every": every})
@@ -103,7 +94,7 @@ class Job:
 
     def scored(self, params: Mapping[str, Any], seed: int) -> ExperimentConfig:
         """The whole config of a setting."""
-        return self.space.apply(self.config, params).override({"seed": seed})
+        return self.space.apply(self.config.override(self.space.workers), params).override({"seed": seed})
 
 
 def folder_of(out: Path, key: str) -> Path:
