@@ -153,7 +153,8 @@ def test_a_training_begun_with_another_config_starts_anew(suite: Plan, finished:
 
 
 def test_one_benchmark_at_a_time_writes_in_a_folder(suite: Plan, finished: Path, tmp_path: Path) -> None:
-    with alone_in(finished), pytest.raises(ConfigError, match=r"another raydiff command runs in .*/out; .* another --out"):
+    refused = pytest.raises(ConfigError, match=r"another raydiff command runs in .*/out; .* another --out")
+    with alone_in(finished), refused:
         run_benchmark(suite, finished)
     assert not run_benchmark(suite, finished).failed
     seen = []

@@ -13,7 +13,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState
 
 from raydiff.distributed.points import own_point, stored_point
-from raydiff.errors import ConfigError, ShapeError
+from raydiff.errors import ConfigError, ScoreError, ShapeError
 from raydiff.search_space import SearchSpace
 from raydiff.sweep.jobs import SCORING, Networks
 from raydiff.sweep_records import Setting
@@ -27,7 +27,8 @@ _STARTUP = 10
 def search_settings(networks: Networks, count: int, on_kept: Callable[[int], None] = lambda _: None) -> list[Setting]:
     """Try so many settings of the parameters that change no weights; each has one row, which is kept as it goes.
 
-    A setting that is proposed again is not measured again, so in a small space there are fewer rows. The first is the config's own. What an interrupted search had measured counts, and is told to the sampler.
+    A setting that is proposed again is not measured again, so in a small space there are fewer rows. The first is the
+    config's own. What an interrupted search had measured counts, and is told to the sampler.
 
     Raises:
         ConfigError: not one of them can be measured.
@@ -49,7 +50,7 @@ def search_settings(networks: Networks, count: int, on_kept: Callable[[int], Non
         known = len(networks.measured)
         try:
             row = networks.measure(params)
-        except (ConfigError, ShapeError) as error:  # as more steps than this schedule has
+        except (ConfigError, ScoreError, ShapeError) as error:  # as more steps than this schedule has
             study.tell(trial, state=TrialState.FAIL)
             refused = str(error)
             continue

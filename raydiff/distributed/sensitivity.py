@@ -15,6 +15,10 @@ importance can be negative, so zero is no yardstick: beside each parameter stand
 (among trainings if it changes weights, else among settings), and a parameter is told from chance where it beats its
 copy in 97.5 % of the draws (as Boruta does: Kursa and Rudnicki 2010).
 
+With fewer than six trainings, as of a sweep of scoring alone, there is nothing to draw from. Then settings are drawn,
+the parameters that change weights are left out, and each training's mean is taken off: what is measured is what scoring
+does on these trainings, not on others.
+
 A conditional parameter is measured where it exists: on the settings that have it, with the parameters that all of
 these have. Numbers on a log scale are given to the evaluators as logarithms, so that they weigh the space as the search
 does.
@@ -25,6 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,7 +49,8 @@ EVALUATORS = ("fanova", "mean_decrease_impurity")
 
 _COPY = " (shuffled)"
 _NUM_TREES, _MAX_DEPTH = 16, 8
-_MIN_TRAININGS = 6
+_MIN_TRAININGS, _MIN_SETTINGS = 6, 20
+_SAME = 1e-12
 
 Values = dict[str, Any]
 Shares = dict[str, float]
@@ -52,7 +58,10 @@ Shares = dict[str, float]
 
 @dataclass(frozen=True)
 class _Row:
-    """One setting: the parameters as the study has them, and the objective, turned so that more is better."""
+    """One setting: the parameters as the study has them, and the objective, turned so that more is better.
+
+    ``training`` is what is drawn together: a training, or the setting alone.
+    """
 
     training: str
     params: Values
@@ -79,11 +88,15 @@ def importances(
         seed: of the draws, the shuffling and the forests; the same seed gives the same figures.
 
     Returns:
-        Of :data:`EVALUATORS` in turn. Empty with fewer than six trainings or an objective that never varies: an
-        interval over so few would say nothing.
+        Of :data:`EVALUATORS` in turn. Empty with too few settings (20 on fewer than six trainings) or an objective that
+        never varies.
     """
     rows = _thinned(_rows(space, settings, objective), max_settings)
-    if len({row.training for row in rows}) < _MIN_TRAININGS or len({row.worth for row in rows}) < 2:
+    trainings = [row.training for row in rows]
+    few = len(set(trainings)) < _MIN_TRAININGS
+    if few:
+        rows = _within(space, rows)
+    if len(rows) < (_MIN_SETTINGS if few else 1) or float(np.ptp([row.worth for row in rows])) < _SAME:
         return []
     rng = np.random.default_rng(seed)
     whole = _measured(space, _with_copies(space, rows, rng), rng)
@@ -91,7 +104,7 @@ def importances(
     found = []
     for evaluator in EVALUATORS:
         parts = [
-            _importance(path, evaluator, whole[evaluator], [draw[evaluator] for draw in draws], rows)
+            _importance(path, evaluator, whole[evaluator], [draw[evaluator] for draw in draws], rows, trainings)
             for path in space.parameters if path in whole[evaluator]
         ]  # fmt: skip
         found += sorted(parts, key=lambda each: -each.value)
@@ -150,6 +163,19 @@ def _thinned(rows: Sequence[_Row], limit: int) -> list[_Row]:
     return kept
 
 
+def _within(space: SearchSpace, rows: Sequence[_Row]) -> list[_Row]:
+    """Settings one by one, without what differs between their trainings."""
+    worths: dict[str, list[float]] = {}
+    for row in rows:
+        worths.setdefault(row.training, []).append(row.worth)
+    means = {key: fmean(values) for key, values in worths.items()}
+    kept = [path for path in space.parameters if space.level(path) != "training"]
+    return [
+        _Row(f"{i}", {path: row.params[path] for path in kept if path in row.params}, row.worth - means[row.training])
+        for i, row in enumerate(rows)
+    ]
+
+
 def _drawn(rows: Sequence[_Row], rng: Generator) -> list[_Row]:
     """As many trainings with replacement, each with its settings."""
     by_training: dict[str, list[_Row]] = {}
@@ -171,7 +197,7 @@ def _measured(space: SearchSpace, rows: Sequence[_Row], rng: Generator) -> dict[
     having = {p: frozenset(i for i, row in enumerate(rows) if p in row.params) for p in space.parameters}
     for group in dict.fromkeys(having.values()):
         members = [rows[i] for i in sorted(group)]
-        if len({row.training for row in members}) < _MIN_TRAININGS / 2 or len({row.worth for row in members}) < 2:
+        if len({row.training for row in members}) < _MIN_TRAININGS / 2 or len({row.worth for row in members}) < 3:
             continue
         common = sorted(p for p in distributions if all(p in row.params for row in members))
         study = _study(distributions, [replace(row, params={p: row.params[p] for p in common}) for row in members])
@@ -228,8 +254,11 @@ def _study(distributions: Mapping[str, optuna.distributions.BaseDistribution], r
     return study
 
 
-def _importance(path: str, evaluator: str, whole: Shares, draws: Sequence[Shares], rows: Sequence[_Row]) -> Importance:
-    having = [row for row in rows if path in row.params]
+def _importance(
+    path: str, evaluator: str, whole: Shares, draws: Sequence[Shares], rows: Sequence[_Row], trainings: Sequence[str]
+) -> Importance:
+    """``trainings`` are the keys of the rows' trainings."""
+    having = [key for row, key in zip(rows, trainings, strict=True) if path in row.params]
     known = [draw for draw in draws if path in draw]
     values = np.array([draw[path] for draw in known] or [whole[path]])
     copies = np.array([draw[path + _COPY] for draw in known] or [whole[path + _COPY]])
@@ -237,5 +266,5 @@ def _importance(path: str, evaluator: str, whole: Shares, draws: Sequence[Shares
     return Importance(
         path, evaluator, whole[path], float(min(low, whole[path])), float(max(high, whole[path])),
         float(np.percentile(copies, 97.5)), bool(np.percentile(values - copies, 2.5) > 0), len(having),
-        len({row.training for row in having}),
+        len(set(having)),
     )  # fmt: skip

@@ -15,6 +15,7 @@ from statistics import fmean
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from raydiff.core.metrics import Estimate, proportion
 from raydiff.report.export import Heading, Table
@@ -106,6 +107,7 @@ def rates_figure(found: Sequence[Rate], kind: str, name: str) -> str:
             axes.set_ylim(0, 1.02)
         axes.set(xlabel="Target false-positive rate", xlim=(0, 1.08 * top),
                  ylabel="Realised false-positive rate" if kind == "fpr" else "Detection rate")  # fmt: skip
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
         figure.legend(loc="outside lower center", ncols=2)
         return to_svg(figure, name)

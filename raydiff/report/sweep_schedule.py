@@ -24,6 +24,7 @@ __all__ = ["Family", "error_figure", "families", "family_path", "step_figure", "
 
 _MAX_LINES = 60
 _MAX_FAMILIES = 6
+_TOP = 10.0  # an error above that of any sensible guess; networks that predict epsilon reach 1e8 where nothing is left
 _FAMILY = "schedule.beta_schedule"
 _STEPS = (
     _FAMILY, "schedule", "schedule.num_train_timesteps", "scoring.start_step", "scoring.start", "scoring.stop",
@@ -63,10 +64,13 @@ def families(sweep: Sweep, path: str | None) -> list[Family]:
 
 
 def error_figure(found: Sequence[Family], name: str) -> str:
-    """Error of the clean image against log SNR: a thin line per training, a heavy one for the median of a family."""
+    """Error of the clean image against log SNR: a thin line per training, a heavy one for the median of a family.
+
+    It is drawn times 1 + SNR, as the error of v is: alone it spans many decades, in which no two networks differ.
+    """
     return _figure(
-        found, lambda step: step.log_snr, lambda step: step.x0_error, name,
-        xlabel="log SNR (left: noise, right: almost clean)", ylabel="Error of the clean image",
+        found, lambda step: step.log_snr, lambda step: step.x0_error * (1 + math.exp(min(step.log_snr, 300.0))), name,
+        xlabel="log SNR (left: noise, right: almost clean)", ylabel="Error of the clean image × (1 + SNR)", top=_TOP,
     )  # fmt: skip
 
 
@@ -86,6 +90,7 @@ def _figure(
     *,
     xlabel: str,
     ylabel: str,
+    top: float | None = None,
 ) -> str:
     looks = styles([family.name for family in found], "")
     share = min(1.0, _MAX_LINES / sum(len(family.rows) for family in found))
@@ -101,6 +106,9 @@ def _figure(
                 _median(curves, look, f"{family.name} ({len(curves)})", axes)
         axes.set(yscale="log", xlabel=xlabel, ylabel=f"{ylabel} (log scale)")
         low, high = axes.get_ylim()
+        if top is not None and high > top:
+            high = top
+            axes.set_ylim(top=top)
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 from raydiff.core.metrics import Estimate
@@ -78,7 +78,7 @@ def _searched(sweep: Sweep) -> list[str]:
 
 def fate(sweep: Sweep) -> str:
     """The second: what is left of the gain, and what the search cost."""
-    return " ".join([*survival(sweep), *_spared(sweep), *_stopped(sweep)])
+    return " ".join([*survival(sweep), *_spared(sweep), *_overhead(sweep), *_stopped(sweep)])
 
 
 def _extremes(sweep: Sweep, clear: Collection[str]) -> list[str]:
@@ -103,11 +103,18 @@ def matters(
         ]  # fmt: skip
     first = [each for each in importances if each.evaluator == importances[0].evaluator]
     clear = [each for each in first if each.is_clear]
+    few = ["There are too few trainings to say what weights do; on these:"] if _only_scoring(sweep, first) else []
     said = _first_of(clear, first) if clear else [
         f"No parameter is told from chance by {_name(first[0])} over this many trainings."
     ]  # fmt: skip
-    return [*said, *_without_effect(sweep, [each.path for each in first if not each.is_clear], importances, curves),
+    return [*few, *said, *_without_effect(sweep, [each.path for each in first if not each.is_clear], importances, curves),
             *_by_spreads(sweep, spreads)]  # fmt: skip
+
+
+def _only_scoring(sweep: Sweep, first: Sequence[Importance]) -> bool:
+    """Whether parameters that change weights were searched, but none could be measured."""
+    levels = {sweep.axis(each.path).level for each in first}
+    return "training" not in levels and any(axis.level == "training" for axis in sweep.axes.values())
 
 
 def _first_of(clear: Sequence[Importance], first: Sequence[Importance]) -> list[str]:
@@ -134,8 +141,8 @@ def _without_effect(
     """Those that are not told from chance, apart by what the other evaluator and their own curve say."""
     clear_elsewhere = {each.path for each in importances if each.is_clear}
     by_path = {curve.axis.path: curve for curve in curves}
-    flat = [path for path in paths if path in by_path and by_path[path].noise is not None and not by_path[path].is_clear
-            and path not in clear_elsewhere]  # fmt: skip
+    known = _flat(curves)
+    flat = [path for path in paths if path in known and path not in clear_elsewhere]
     moved = [path for path in paths if path in by_path and by_path[path].is_clear]
     elsewhere = [path for path in paths if path in clear_elsewhere and path not in moved]
     rest = [path for path in paths if path not in (*flat, *moved, *elsewhere)]
@@ -161,16 +168,28 @@ def _do(paths: Sequence[str]) -> str:
     return "does" if len(paths) == 1 else "do"
 
 
+def _flat(curves: Sequence[Curve]) -> list[str]:
+    """Curves within seed noise, where that noise is smaller than what some parameter does: else they say nothing."""
+    most = max((curve.range for curve in curves if curve.is_clear), default=0.0)
+    return [c.axis.path for c in curves if c.noise is not None and not c.is_clear and c.noise < most]
+
+
 def _by_curves(sweep: Sweep, curves: Sequence[Curve]) -> list[str]:
-    known = [curve for curve in curves if curve.noise is not None]
-    clear = sorted((curve for curve in known if curve.is_clear), key=lambda curve: -curve.range)
-    flat = [curve.axis.path for curve in known if not curve.is_clear]
+    clear = sorted((curve for curve in curves if curve.is_clear), key=lambda curve: -curve.range)
+    flat = _flat(curves)
+    open_still = [c.axis.path for c in curves if c.noise is not None and not c.is_clear and c.axis.path not in flat]
     said = []
     if clear:
         named = [f"{curve.axis.path} ({gap(sweep.lead, curve.range)})" for curve in clear]
         said.append(f"Around the best point more than seed noise is moved by {listed(named)}.")
     if flat:
         said.append(f"{listed(flat)} {_do(flat)} not matter there: the objective moves by no more than seed noise.")
+    if open_still:
+        noise = max(curve.noise or 0.0 for curve in curves if curve.axis.path in open_still)
+        said.append(
+            f"Of {listed(open_still)} nothing can be said: seed noise reaches {gap(sweep.lead, noise)}; more seeds would"
+            " tell."
+        )
     return said
 
 
@@ -219,12 +238,17 @@ def _share_left(sweep: Sweep, promised: float, here: float, start: float) -> lis
     hoped, left = sweep.sign * (promised - start), sweep.sign * (here - start)
     if hoped <= 0:
         return [f"The start, refitted too, gives {number(start)}: no gain was promised."]
+    found = sweep.final and paired(sweep.final.winner, sweep.final.start, "selection", sweep.lead)
+    ends = sorted((sweep.sign * found.low, sweep.sign * found.high)) if found and found.low and found.high else []
+    interval = f"; paired 95 % interval {' to '.join(_points(sweep.lead, end) for end in ends)}" if ends else ""
     return [
         f"The start, refitted too, gives {number(start)}: of a promised gain of {gap(sweep.lead, hoped)},"
-        f" {gap(sweep.lead, left).split(' ')[0].replace('-', '−')} survive ({100 * left / hoped:.0f} %).".replace(
-            "(-", "(−"
-        )
+        f" {_points(sweep.lead, left)} survive ({100 * left / hoped:.0f} %{interval}).".replace("(-", "(−")
     ]
+
+
+def _points(objective: str, difference: float) -> str:
+    return gap(objective, difference).split(" ")[0].replace("-", "−")
 
 
 def _with_spread(estimate: Estimate) -> str:
@@ -268,6 +292,18 @@ def _spared(sweep: Sweep) -> list[str]:
     return [
         f"With one training per setting there would have been {settings:,} of them; the second level spared {spared:,}"
         f" ({settings / max(1, trials):.0f} settings per training)."
+    ]
+
+
+def _overhead(sweep: Sweep) -> list[str]:
+    """Wall time of a trial over its training; only where every trial's time is known to hold its training's."""
+    rows = [row for row in sweep.trainings if row.phase == "search" and row.state == "complete"]
+    shares = [(row.trial_seconds or 0.0) / row.seconds for row in rows if row.seconds > 0]
+    if not shares or len(shares) < len(rows) or min(shares) < 1:
+        return []
+    return [
+        f"Half of the trials took less than {median([row.trial_seconds or 0.0 for row in rows]):.3g} s,"
+        f" {100 * (median(shares) - 1):.0f} % more than their training alone, with the scoring of its settings."
     ]
 
 

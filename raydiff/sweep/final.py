@@ -19,7 +19,7 @@ import numpy as np
 from raydiff.config import ExperimentConfig
 from raydiff.core.calibration import Calibration
 from raydiff.detector import DiffusionDetector, load_detector
-from raydiff.errors import ConfigError, ShapeError
+from raydiff.errors import ConfigError, ScoreError, ShapeError
 from raydiff.evaluation import evaluate
 from raydiff.experiment import ARTIFACT, fit_locally
 from raydiff.journal import read_lines, write_whole
@@ -72,7 +72,7 @@ def run_curve(curve: Curve, fit: Fit | None = None) -> int:
     for params, varied in curve.points:
         try:
             networks.measure(params, varied=varied)
-        except (ConfigError, ShapeError):  # more steps than this schedule has
+        except (ConfigError, ScoreError, ShapeError):  # more steps than this schedule has
             continue
         rows += 1
     networks.keep(networks.measured[known:])
