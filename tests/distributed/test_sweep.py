@@ -291,6 +291,19 @@ def test_a_trial_whose_worker_is_killed_is_tried_again(tmp_path: Path, shards: S
     assert any(json.loads(line).get("resumed") and json.loads(line)["step"] >= 20 for line in lines)
 
 
+def test_a_trial_of_several_workers_trains_on_ray_train_without_a_deadlock(tmp_path: Path) -> None:
+    parameters = {"schedule.beta_schedule": {"choices": ["squaredcos_cap_v2", "linear"]}}
+    arguments = write_files(
+        tmp_path, parameters=parameters, trials=1, settings_per_training=1, around=None, refit_seeds=[], num_workers=2,
+        num_cpus=0.4,
+    )  # fmt: skip
+    done = subprocess.run([sys.executable, "-m", "raydiff", *arguments], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    [row] = read_trainings(tmp_path / "out")
+    assert (row.state, row.steps) == ("complete", 12)
+    assert next((tmp_path / "out").glob("trainings/*/seed-0/checkpoints/checkpoint_manager_snapshot.json")).exists()
+
+
 def test_the_status_of_what_has_not_begun(tmp_path: Path) -> None:
     arguments = write_files(tmp_path)
     result = CliRunner().invoke(main, [*arguments, "--status"])
