@@ -45,7 +45,7 @@ from raydiff.sweep_records import Setting
 
 SETTINGS_PER_TRAINING = 50
 FLAT = 10  # trials of a flat search for each one of a search with two levels
-SHOWN, TOLERANCES = (5, 10, 20, 40), (0.01, 0.005, 0.001)
+SHOWN, TOLERANCES = (5, 10, 20, 40), (0.03, 0.01, 0.005, 0.001)
 
 Floats = NDArray[np.float64]
 
