@@ -85,9 +85,9 @@ def importance_table(importances: Sequence[Importance], order: Sequence[str], sw
         headings += [Heading(name), Heading(f"{name}: chance")]
     return Table(
         "importances", "Importances", "Parameter", headings, rows,
-        "Small figures: 95 % interval over bootstrap draws of trainings (with fewer than six, of settings). Bold: above its own shuffled values in 97.5 %"
-        " of the draws. Conditional parameters are measured on the settings that have them. Settings that a sampler"
-        " proposed lie closer where results are good.",
+        "Small figures: 95 % interval over bootstrap draws of trainings (with fewer than six, of settings). Bold: above"
+        " its own shuffled values in 97.5 % of the draws. Conditional parameters are measured on the settings that have"
+        " them. Settings that a sampler proposed lie closer where results are good.",
     )  # fmt: skip
 
 

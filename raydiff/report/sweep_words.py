@@ -104,11 +104,11 @@ def matters(
     first = [each for each in importances if each.evaluator == importances[0].evaluator]
     clear = [each for each in first if each.is_clear]
     few = ["There are too few trainings to say what weights do; on these:"] if _only_scoring(sweep, first) else []
-    said = _first_of(clear, first) if clear else [
+    said = _first_of(sweep, clear, first) if clear else [
         f"No parameter is told from chance by {_name(first[0])} over this many trainings."
     ]  # fmt: skip
-    return [*few, *said, *_without_effect(sweep, [each.path for each in first if not each.is_clear], importances, curves),
-            *_by_spreads(sweep, spreads)]  # fmt: skip
+    rest = [each.path for each in first if not each.is_clear]
+    return [*few, *said, *_without_effect(sweep, rest, importances, curves), *_by_spreads(sweep, spreads)]
 
 
 def _only_scoring(sweep: Sweep, first: Sequence[Importance]) -> bool:
@@ -117,12 +117,15 @@ def _only_scoring(sweep: Sweep, first: Sequence[Importance]) -> bool:
     return "training" not in levels and any(axis.level == "training" for axis in sweep.axes.values())
 
 
-def _first_of(clear: Sequence[Importance], first: Sequence[Importance]) -> list[str]:
+def _first_of(sweep: Sweep, clear: Sequence[Importance], first: Sequence[Importance]) -> list[str]:
     top = clear[0]
     rivals = [each.path for each in first if each is not top and each.high >= top.low]
     beyond = f"; its interval overlaps that of {listed(rivals)}" if rivals else "; its interval is clear of all others"
-    said = [f"{top.path} matters most: {_name(top)} gives it {top.value:.2f} of the variance"
-            f" (95 % interval {top.low:.2f} to {top.high:.2f}){beyond}."]  # fmt: skip
+    where = " among the settings that have it" if sweep.space.parameters[top.path].when else ""
+    said = [
+        f"{top.path} matters most: {_name(top)} gives it {top.value:.2f} of the variance{where}"
+        f" (95 % interval {top.low:.2f} to {top.high:.2f}){beyond}."
+    ]
     if others := [f"{each.path} ({each.value:.2f})" for each in clear[1:] if each.value >= _SMALL]:
         said.append(f"{listed(others)} matter{'s' * (len(others) == 1)} too.")
     if small := [each.path for each in clear[1:] if each.value < _SMALL]:
@@ -187,8 +190,8 @@ def _by_curves(sweep: Sweep, curves: Sequence[Curve]) -> list[str]:
     if open_still:
         noise = max(curve.noise or 0.0 for curve in curves if curve.axis.path in open_still)
         said.append(
-            f"Of {listed(open_still)} nothing can be said: seed noise reaches {gap(sweep.lead, noise)}; more seeds would"
-            " tell."
+            f"Of {listed(open_still)} nothing can be said: seed noise reaches {gap(sweep.lead, noise)}; more seeds"
+            " would tell."
         )
     return said
 

@@ -99,8 +99,18 @@ def test_an_objective_that_should_be_small_is_turned():
         assert one(down, each.evaluator, each.path).value == pytest.approx(each.value, abs=0.05)
 
 
-def test_too_few_trainings_or_no_variance_give_no_interval():
-    assert importances(SPACE, rows(trainings=5), "selection_auroc") == []
+def test_on_few_trainings_settings_are_drawn_and_only_scoring_is_measured():
+    """As of a sweep of scoring alone; what differs between the trainings is not laid at its door."""
+    few = importances(SPACE, rows(trainings=3, each=30), "selection_auroc", num_draws=8)
+    assert {each.path for each in few} == {"scoring.start", "scoring.blur"}
+    assert one(few, "fanova", "scoring.start").value > 0.9
+    assert one(few, "fanova", "scoring.start").is_clear
+    assert not one(few, "fanova", "scoring.blur").is_clear
+    assert few[0].num_trainings == 3
+
+
+def test_too_few_settings_or_no_variance_give_no_interval():
+    assert importances(SPACE, rows(trainings=5, each=3), "selection_auroc") == []
     assert importances(SPACE, rows(sign=0.0), "selection_auroc") == []
     assert importances(SPACE, rows(), "nfe") == []
     assert importances(SPACE, [], "selection_auroc") == []

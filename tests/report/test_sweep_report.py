@@ -285,7 +285,7 @@ def test_the_words_say_what_is_left_of_the_gain(page, sweep):
     promised, start = sweep.final.promised["selection_auroc"], 0.88
     assert f"The search promised {promised:.3f} of its winner" in page.words
     share = 1.5 / (100 * (promised - start))
-    said = int(re.search(r"1\.5 survive \((\d+) %\)", page.words).group(1))
+    said = int(re.search(r"1\.5 survive \((\d+) %; paired 95 % interval 1\.5 to 1\.5\)", page.words).group(1))
     assert said == pytest.approx(100 * share, abs=8)
     assert "so the winner is better" in page.words
 
@@ -363,6 +363,26 @@ def test_with_thousands_of_settings_the_page_stays_small(space, tmp_path):
     path = write_sweep_report(many, tmp_path, tmp_path / "report.html", IMPORTANCES)
     assert len(read_sweep(many, tmp_path).settings) > 5000
     assert path.stat().st_size < 3_000_000
+
+
+def test_a_curve_within_much_noise_is_not_called_flat(sweep):
+    """Two seeds that differ a lot: no effect is seen, and none is denied."""
+    rng = np.random.default_rng(0)
+    rows = [
+        Setting("around", None, "a", {"scoring.start": start}, {"selection_auroc": 0.5},
+                {seed: {"selection_auroc": 0.5 + 0.2 * float(rng.random())} for seed in (0, 1)}, 10, 0.05,
+                varied="scoring.start")
+        for start in (0.1, 0.2, 0.3)
+    ]  # fmt: skip
+    noisy = type(sweep)(sweep.space, tuple(rows), (), None)
+    said = " ".join(matters(noisy, [], curves(noisy), []))
+    assert "Of scoring.start nothing can be said" in said
+    assert "not matter" not in said
+
+
+def test_importances_of_scoring_alone_are_not_taken_for_all(sweep):
+    only = [importance("scoring.start", 0.9, 0.8, 0.95, is_clear=True)]
+    assert "too few trainings to say what weights do" in " ".join(matters(sweep, only, [], []))
 
 
 # --- what the numbers support -----------------------------------------------------------------------------------------
