@@ -302,13 +302,16 @@ def on_test(table: Table, runs: Runs, every: Sequence[Step], trials: int) -> Non
     print(f"| where each search starts | {start.value:.4f} | {look_up(start):.4f} |")
     best = max(every, key=lambda step: step.value)
     print(f"| the best of the table | {best.value:.4f} | {look_up(best):.4f} |")
-    rank = stats.spearmanr([step.value for step in some], [look_up(step) for step in some])
-    low, high = np.quantile([look_up(step) for step in some], (0, 1))
-    print(
-        f"\nOver {DRAWN} settings drawn from the table: test AUROC {low:.4f} to {high:.4f}, rank correlation of selection"
-        f" and test {rank.statistic:+.2f} (p {rank.pvalue:.1g}).",
-        flush=True,
-    )
+    print(f"\n{DRAWN} settings drawn from the table, medians, and the rank correlation of selection and test:\n")
+    print("| | settings | selection | test | correlation |\n|---|---|---|---|---|")
+    for pooling in (None, "mean", "max", "top_k"):
+        those = [step for step in some if pooling in (None, json.loads(step.scoring)["scoring.pooling"])]
+        ours, theirs = [step.value for step in those], [look_up(step) for step in those]
+        rank = stats.spearmanr(ours, theirs)
+        print(
+            f"| {pooling or 'all'} | {len(those)} | {spread(ours)} | {spread(theirs)}"
+            f" | {rank.statistic:+.2f}, p {rank.pvalue:.1g} |"
+        )
 
 
 def test_auroc(job: Job, scoring: Params, shards: ShardSet) -> float:
@@ -321,7 +324,7 @@ def test_auroc(job: Job, scoring: Params, shards: ShardSet) -> float:
 
 
 def draw(out: Path, runs: Runs, alone: Mapping[str, list[Floats]], best: float, trials: int) -> None:
-    """``searches.png`` and ``.svg``: medians with the range over seeds."""
+    """``searches.png`` and ``.svg``: medians with the range over seeds; level once a search has no more."""
     with mpl.rc_context({"svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(13, 4.2), layout="constrained")
         left, middle, right = figure.subplots(1, 3)
@@ -331,7 +334,7 @@ def draw(out: Path, runs: Runs, alone: Mapping[str, list[Floats]], best: float, 
                             (FLAT_CHANCE, ("#555555", ":"))):  # fmt: skip
             band(middle, [by_training(steps) for steps in runs[name]], trials, name, style)
         for name, style in (("tpe", ("#0072B2", "-")), ("random", ("#D55E00", "--"))):
-            band(right, alone[name], SETTINGS_PER_TRAINING, name, style)
+            band(right, alone[name], SETTINGS_PER_TRAINING, {"tpe": "TPE"}.get(name, name), style)
         for axes in (left, middle):
             axes.axhline(best, color="0.6", linewidth=0.8)
             axes.set_ylabel("best selection AUROC so far")
