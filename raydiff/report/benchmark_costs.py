@@ -191,7 +191,7 @@ def _over_cells(benchmark: Benchmark, dataset: str, method: str, rows: Sequence[
 
 
 def _strength(row: RobustnessRow) -> float:
-    return float(row.severity) if row.budget is None else round(row.budget * 127.5, 3)
+    return float(row.severity) if row.budget is None else round(row.budget * 127.5, 1)
 
 
 def robustness_tables(panels: Sequence[Robustness]) -> list[Table]:

@@ -236,6 +236,13 @@ class Sweep:
         """Trials with a value: complete, and with a setting that was measured."""
         return tuple(trial for trial in self.trials if trial.best is not None)
 
+    @cached_property
+    def units(self) -> tuple[Setting, ...]:
+        """What stands for a training: its best setting; where there is only one training, its settings."""
+        if len(self.valued) < 2:
+            return self.search
+        return tuple(trial.best for trial in self.valued if trial.best is not None)
+
     def value(self, trial: Trial) -> float:
         """The lead objective of its best setting; only for trials with one."""
         if trial.best is None:

@@ -193,25 +193,36 @@ def loss_figure(sweep: Sweep, name: str) -> str:
 
 
 def history_figure(sweep: Sweep, name: str) -> str | None:
-    """Value of each training in order and the best so far; pruned and failed ones along the bottom. None without."""
-    if not sweep.valued:
+    """Values in order and the best so far; pruned and failed trainings along the bottom. None without a value.
+
+    Marks are trainings; where there is one, its settings.
+    """
+    units = sweep.units
+    if not units:
         return None
     order = {trial.key: i for i, trial in enumerate(sweep.trials)}
-    places, values = [order[t.key] for t in sweep.valued], [sweep.value(t) for t in sweep.valued]
-    best = sweep.sign * np.maximum.accumulate(sweep.sign * np.array(values))
-    margin = 0.08 * (max(values) - min(values)) or 0.01
+    alone = len(sweep.valued) < 2
+    places = list(range(len(units))) if alone else [order[row.training] for row in units]
+    values = np.array([row.values[sweep.lead] for row in units])
+    best = sweep.sign * np.maximum.accumulate(sweep.sign * values)
+    steps = [i for i in range(len(units)) if not i or best[i] != best[i - 1]]
+    shown = np.unique(np.linspace(0, len(units) - 1, min(len(units), _MAX_POINTS)).round().astype(int))
     with mpl.rc_context(SETTINGS):
         figure, axes = _canvas(5.0, 3.4)
-        axes.plot(places, values, "o", color=BLUE, alpha=0.6, markersize=4.5, markeredgewidth=0, label="training")
-        axes.step([*places, len(order) - 1], [*best, best[-1]], where="post", color=ORANGE, linewidth=1.8,
-                  label="best so far")  # fmt: skip
+        axes.plot([places[i] for i in shown], values[shown], "o", color=BLUE, alpha=0.6, markersize=4.5,
+                  markeredgewidth=0, label="setting" if alone else "training")  # fmt: skip
+        last = places[-1] if alone else len(order) - 1
+        axes.step([*(places[i] for i in steps), last], [*best[steps], best[-1]], where="post", color=ORANGE,
+                  linewidth=1.8, label="best so far")  # fmt: skip
+        bottom = values.min() - (0.08 * np.ptp(values) or 0.01)
         for state, marker in (("pruned", "|"), ("failed", "x")):
             stopped = [order[trial.key] for trial in sweep.trials if trial.state == state]
-            if stopped:
-                axes.plot(stopped, [min(values) - margin] * len(stopped), marker, color=INK, markersize=6,
-                          linestyle="none", label=f"{state} (no value)")  # fmt: skip
-        axes.set(xlabel="Training, in the order proposed", ylabel=label_of(sweep.lead))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            if stopped and not alone:
+                axes.plot(stopped, [bottom] * len(stopped), marker, color=INK, markersize=6, linestyle="none",
+                          label=f"{state} (no value)")  # fmt: skip
+        axes.set(xlabel="Setting, in the order measured" if alone else "Training, in the order proposed",
+                 ylabel=label_of(sweep.lead))  # fmt: skip
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
         figure.legend(loc="outside lower center", ncols=2)
         return to_svg(figure, name)
@@ -220,9 +231,10 @@ def history_figure(sweep: Sweep, name: str) -> str | None:
 def parallel_figure(sweep: Sweep, ranked: Sequence[str], name: str) -> str | None:
     """Best setting of each training across the first few parameters, coloured by the objective. None without data.
 
-    A parameter that a setting does not have, as its condition does not hold, interrupts its line.
+    With one training the lines are its settings. A parameter that a setting does not have, as its condition does not
+    hold, interrupts its line.
     """
-    rows = sorted((t.best for t in sweep.valued if t.best is not None), key=sweep.worth)
+    rows = sorted(sweep.units, key=sweep.worth)
     kept = [path for path in ranked if path in sweep.axes and 2 * sum(path in row.params for row in rows) >= len(rows)]
     axes_of = [axis for path, axis in sweep.axes.items() if path in kept[:_MAX_AXES]]
     if len(rows) < 2 or not axes_of:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
@@ -109,6 +110,7 @@ def _figure(
         if top is not None and high > top:
             high = top
             axes.set_ylim(top=top)
+            axes.set_xlim(left=_first_below(axes, top))
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -117,12 +119,19 @@ def _figure(
         return to_svg(figure, name)
 
 
+def _first_below(axes: Axes, top: float) -> float:
+    """Where the first of the drawn lines comes into view, less a little."""
+    points = np.concatenate([np.column_stack([*line.get_data()]) for line in axes.lines])
+    seen = points[points[:, 1] <= top, 0]
+    return float(seen.min() - 0.03 * np.ptp(points[:, 0])) if len(seen) else float(points[:, 0].min())
+
+
 def _curve(row: TrainingRow, x: Callable[[StepLoss], float], y: Callable[[StepLoss], float]) -> NDArray[np.float64]:
     points = sorted((x(step), y(step)) for step in row.by_step)
     return np.array([p for p in points if all(map(math.isfinite, p)) and p[1] > 0]).reshape(-1, 2)
 
 
-def _median(curves: Sequence[NDArray[np.float64]], look: Style, label: str, axes: mpl.axes.Axes) -> None:
+def _median(curves: Sequence[NDArray[np.float64]], look: Style, label: str, axes: Axes) -> None:
     """Where at least half of the trainings have been measured; between steps their logarithms are joined straight."""
     low, high = min(curve[0, 0] for curve in curves), max(curve[-1, 0] for curve in curves)
     grid = np.linspace(low, high, 60)

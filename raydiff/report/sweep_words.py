@@ -84,7 +84,11 @@ def fate(sweep: Sweep) -> str:
 def _extremes(sweep: Sweep, clear: Collection[str]) -> list[str]:
     valued = sorted(sweep.valued, key=lambda trial: sweep.sign * sweep.value(trial))
     if len(valued) < 2:
-        return [f"The best setting reaches {number(sweep.value(valued[0]))}."] if valued else []
+        values = [row.values[sweep.lead] for row in sorted(sweep.search, key=sweep.worth)]
+        said = gap(sweep.lead, abs(values[-1] - values[0])) if values else ""
+        return [
+            f"Between the best setting ({number(values[-1])}) and the worst ({number(values[0])}) lie {said}."
+        ] if values else []  # fmt: skip
     worst, best = valued[0], valued[-1]
     said = gap(sweep.lead, abs(sweep.value(best) - sweep.value(worst)))
     named = {path for path in {**best.params, **worst.params} if path in clear} or None
@@ -118,20 +122,28 @@ def _only_scoring(sweep: Sweep, first: Sequence[Importance]) -> bool:
 
 
 def _first_of(sweep: Sweep, clear: Sequence[Importance], first: Sequence[Importance]) -> list[str]:
-    top = clear[0]
-    rivals = [each.path for each in first if each is not top and each.high >= top.low]
+    """The share of a conditional parameter is one of a smaller variance, so it leads only where no other is clear."""
+    when = {path for path, parameter in sweep.space.parameters.items() if parameter.when}
+    top, *others = sorted(clear, key=lambda each: each.path in when)
+    rivals = [each.path for each in first if each is not top and each.high >= top.low and each.path not in when]
     beyond = f"; its interval overlaps that of {listed(rivals)}" if rivals else "; its interval is clear of all others"
-    where = " among the settings that have it" if sweep.space.parameters[top.path].when else ""
+    where = " among the settings that have it" if top.path in when else ""
     said = [
         f"{top.path} matters most: {_name(top)} gives it {top.value:.2f} of the variance{where}"
         f" (95 % interval {top.low:.2f} to {top.high:.2f}){beyond}."
     ]
-    if others := [f"{each.path} ({each.value:.2f})" for each in clear[1:] if each.value >= _SMALL]:
-        said.append(f"{listed(others)} matter{'s' * (len(others) == 1)} too.")
-    if small := [each.path for each in clear[1:] if each.value < _SMALL]:
+    large = [each for each in others if each.value >= _SMALL]
+    if named := [f"{each.path} ({each.value:.2f}{', where it applies' * (each.path in when)})" for each in large]:
+        said.append(f"{_series(named)} matter{'s' * (len(named) == 1)} too.")
+    if small := [each.path for each in others if each.value < _SMALL]:
         verbs = "is told from chance, but gives" if len(small) == 1 else "are told from chance, but give"
         said.append(f"{listed(small)} {verbs} less than 1 %.")
     return said
+
+
+def _series(names: Sequence[str]) -> str:
+    """``a, b and c``, whether or not a name holds a comma."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _name(importance: Importance) -> str:

@@ -353,6 +353,7 @@ def test_a_space_without_training_parameters_is_one_training(tmp_path):
             for x in 0.05 + 0.4 * rng.random(60)]  # fmt: skip
     append_settings(tmp_path, rows)
     words = Page(write_sweep_report(space, tmp_path, tmp_path / "report.html").read_text()).words
+    assert "Setting, in the order measured" in words
     assert "none of which changes the weights; 60 settings of 1 training" in words
     assert "spared 59" in words
 
@@ -378,6 +379,16 @@ def test_a_curve_within_much_noise_is_not_called_flat(sweep):
     said = " ".join(matters(noisy, [], curves(noisy), []))
     assert "Of scoring.start nothing can be said" in said
     assert "not matter" not in said
+
+
+def test_a_conditional_parameter_leads_only_where_no_other_is_clear(sweep):
+    """Its share is one of the variance among the settings that have it, so the two cannot be compared."""
+    both = [importance("schedule.beta_end", 0.9, 0.8, 0.95, is_clear=True),
+            importance("schedule.beta_schedule", 0.5, 0.4, 0.6, is_clear=True)]  # fmt: skip
+    said = " ".join(matters(sweep, both, [], []))
+    assert "schedule.beta_schedule matters most" in said
+    assert "schedule.beta_end (0.90, where it applies) matters too" in said
+    assert "among the settings that have it" in " ".join(matters(sweep, both[:1], [], []))
 
 
 def test_importances_of_scoring_alone_are_not_taken_for_all(sweep):
