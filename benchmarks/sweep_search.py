@@ -166,6 +166,7 @@ def at(curve: Floats, count: int) -> float:
 
 
 def spread(values: Sequence[float], form: str = ".4f") -> str:
+    """Median, the lower of two, with the lowest and the highest."""
     low, middle, high = (format(value, form) for value in np.quantile(values, (0, 0.5, 1), method="inverted_cdf"))
     return f"{middle} [{low}, {high}]".replace("inf", "never")
 
