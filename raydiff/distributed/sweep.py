@@ -140,7 +140,8 @@ def search(
     parallel = _parallel(space)
     if left <= 0:
         return
-    searcher = _Searcher(study, first, total, on_ended)
+    stop = _Stop()
+    searcher = _Searcher(study, first, total, stop, on_ended)
     place = out / "tune"
     shutil.rmtree(place, ignore_errors=True)
     os.environ |= _TUNE
@@ -152,11 +153,11 @@ def search(
             max_concurrent_trials=min(parallel, left), reuse_actors=space.num_workers == 1,
         ),
         run_config=tune.RunConfig(
-            name="trials", storage_path=str(place.resolve()), verbose=0,
+            name="trials", storage_path=str(place.resolve()), verbose=0, callbacks=[stop],
             failure_config=tune.FailureConfig(max_failures=_MAX_RETRIES),
         ),
     )  # fmt: skip
-    in_a_thread(tuner.fit)
+    in_a_thread(tuner.fit, stop.now)
     shutil.rmtree(place, ignore_errors=True)
 
 
@@ -198,12 +199,12 @@ class _Searcher(OptunaSearch):  # type: ignore[misc]  # Ray has no types
     """Ray's, with a study of ours: trials that end early are told as pruned, failures with their reason."""
 
     def __init__(
-        self, study: optuna.Study, job: Job, num_trials: int, on_ended: Callable[[Ended], None] = lambda _: None
+        self, study: optuna.Study, job: Job, num_trials: int, stop: _Stop, on_ended: Callable[[Ended], None]
     ) -> None:
         names = [objective.name for objective in job.space.objectives]
         super().__init__(metric=names, mode=["max"] * len(names))  # unused: values are told in on_trial_complete
         self._space, self._ot_study = job.space.suggest, study
-        self._job, self._num_trials, self._on_ended = job, num_trials, on_ended
+        self._job, self._num_trials, self._on_ended, self._stop = job, num_trials, on_ended, stop
         self._stale = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         self._begun: dict[str, float] = {}
         for point in _first_points(job):
@@ -228,7 +229,7 @@ class _Searcher(OptunaSearch):  # type: ignore[misc]  # Ray has no types
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell the study how it ended."""
         trial = self._ot_trials.pop(trial_id, None)
-        if trial is None:
+        if trial is None or self._stop.wanted:  # after Ctrl-C it stays running, and is taken up the next time
             return
         seconds = time.monotonic() - self._begun.pop(trial_id)
         ended = (result or {}).get("ended")
@@ -266,6 +267,22 @@ class _Searcher(OptunaSearch):  # type: ignore[misc]  # Ray has no types
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing: the study is the state."""
+
+
+class _Stop(tune.Callback):  # type: ignore[misc]  # Ray has no types
+    """Ends Tune's loop from within when it is wanted."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+
+    def now(self) -> None:
+        """At the next step."""
+        self.wanted = True
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:  # noqa: ARG002
+        """See the class."""
+        if self.wanted:
+            raise InterruptedError("stopped by Ctrl-C")
 
 
 def _first_points(job: Job) -> list[dict[str, Any]]:

@@ -42,6 +42,7 @@ __all__ = ["RayRuntime", "fit", "in_a_thread"]
 
 _FAILURE = "failure.json"
 _POLL_S = 0.5
+_STOP_S = 20.0
 
 
 def fit(
@@ -108,11 +109,12 @@ def _run(config: ExperimentConfig, run_dir: Path, shards: ShardSet) -> Any:
     return result.checkpoint
 
 
-def in_a_thread(call: Callable[[], Any]) -> Any:
+def in_a_thread(call: Callable[[], Any], stop: Callable[[], None] | None = None) -> Any:
     """The call's result or error, with Ctrl-C left to this thread.
 
-    In the main thread Ray Train takes Ctrl-C over and ends the process with its own exit code. Here it stays a
-    ``KeyboardInterrupt``, and the run ends with the Ray session that the caller shuts down.
+    In the main thread Ray Train and Tune take Ctrl-C over and end the process in their own way. Here it stays a
+    ``KeyboardInterrupt``, and the run ends with the Ray session that the caller shuts down. A call that can be
+    stopped is told to first, and given some seconds: one that goes on asking a session that is gone takes the process with it.
     """
     outcome: dict[str, Any] = {}
 
@@ -124,8 +126,14 @@ def in_a_thread(call: Callable[[], Any]) -> Any:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(_POLL_S)
+    try:
+        while thread.is_alive():
+            thread.join(_POLL_S)
+    except KeyboardInterrupt:
+        if stop is not None:
+            stop()
+            thread.join(_STOP_S)
+        raise
     if "error" in outcome:
         raise outcome["error"]
     return outcome["result"]

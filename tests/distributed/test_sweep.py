@@ -268,6 +268,26 @@ def test_kill_minus_nine_keeps_every_finished_trial_and_repeats_none(tmp_path: P
     assert len({(row.training, json.dumps(dict(row.params), sort_keys=True)) for row in rows}) == len(rows)
 
 
+def test_ctrl_c_says_how_to_go_on_and_leaves_what_ran_to_the_next_time(tmp_path: Path) -> None:
+    config = CONFIG | {"training": CONFIG["training"] | {"num_steps": 200, "checkpoint_every": 20}}
+    arguments = write_files(tmp_path, trials=6, around=None, refit_seeds=[])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with subprocess.Popen(
+        [sys.executable, "-m", "raydiff", *arguments], stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("[1/6]"):
+                break
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+    assert process.wait(60) == 130, said
+    assert "finished trials are kept. Go on with: raydiff sweep" in said
+    trials = optuna.load_study(study_name="space", storage=f"sqlite:///{tmp_path / 'out' / 'study.db'}").trials
+    assert {trial.state for trial in trials} <= {TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING}
+
+
 def test_a_trial_whose_worker_is_killed_is_tried_again(tmp_path: Path, shards: ShardSet) -> None:
     """The second try goes on from the checkpoint."""
     config = CONFIG | {"training": CONFIG["training"] | {"num_steps": 400, "checkpoint_every": 20, "log_every": 10}}
