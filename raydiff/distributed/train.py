@@ -113,8 +113,8 @@ def in_a_thread(call: Callable[[], Any], stop: Callable[[], None] | None = None)
     """The call's result or error, with Ctrl-C left to this thread.
 
     In the main thread Ray Train and Tune take Ctrl-C over and end the process in their own way. Here it stays a
-    ``KeyboardInterrupt``, and the run ends with the Ray session that the caller shuts down. A call that can be
-    stopped is told to first, and given some seconds: one that goes on asking a session that is gone takes the process with it.
+    ``KeyboardInterrupt``, and the run ends with the Ray session that the caller shuts down. A call that can be stopped
+    is told to first, and given some seconds: one that goes on asking a session that is gone takes the process with it.
     """
     outcome: dict[str, Any] = {}
 
