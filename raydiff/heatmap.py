@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from raydiff.errors import ShapeError
 
-__all__ = ["enlarge", "heat", "overlay"]
+__all__ = ["blend", "enlarge", "heat", "layer", "overlay"]
 
 _STOPS = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
 _COLOURS = np.array(  # inferno without its black end: ordered by lightness, so it also reads without colour
@@ -46,12 +46,28 @@ def overlay(
     """
     if pixels.ndim != 3 or pixels.shape[:2] != anomaly_map.shape:
         raise ShapeError(f"image is {pixels.shape} and map {anomaly_map.shape}; expected (H, W, C) and (H, W)")
-    level = heat(anomaly_map, mask_threshold)
-    colour = np.stack([np.interp(level, _STOPS, channel) for channel in _COLOURS.T], axis=-1)  # (H, W, 3)
-    opacity = np.interp(level, _STOPS, _OPACITY)[..., None]
+    return blend(pixels, heat(anomaly_map, mask_threshold))
+
+
+def blend(pixels: NDArray[np.uint8], level: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """The image (H, W, C) in grey with the colours of ``level`` (H, W), in [0, 1], over it: uint8 (H, W, 3)."""
+    colour, opacity = _colours(level)
     grey = pixels.astype(np.float64).mean(axis=-1, keepdims=True)
     blended: NDArray[np.uint8] = np.round(opacity * colour + (1 - opacity) * grey).astype(np.uint8)
     return blended
+
+
+def layer(level: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """The colours of ``level`` (H, W), in [0, 1], with their opacity, to lay over an image: uint8 RGBA (H, W, 4)."""
+    colour, opacity = _colours(level)
+    rounded: NDArray[np.uint8] = np.round(np.concatenate([colour, 255 * opacity], axis=-1)).astype(np.uint8)
+    return rounded
+
+
+def _colours(level: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Colours (H, W, 3) in [0, 255] and opacity (H, W, 1)."""
+    colour = np.stack([np.interp(level, _STOPS, channel) for channel in _COLOURS.T], axis=-1)
+    return colour, np.interp(level, _STOPS, _OPACITY)[..., None]
 
 
 def enlarge(pixels: NDArray[np.uint8], at_least: int = 128) -> NDArray[np.uint8]:

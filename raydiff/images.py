@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SUFFIXES",
     "DecodedImage",
+    "ImageError",
     "ImageSpec",
     "decode",
     "decode_file",
@@ -48,6 +49,7 @@ __all__ = [
     "encode_png",
     "find_images",
     "images_in",
+    "placement",
     "to_tensor",
     "to_uint8",
 ]
@@ -68,6 +70,19 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 _REMEDY = "replace the file, or leave it out with data.on_bad_image: skip"
+
+Reason = Literal["empty", "format", "pixels", "frames", "depth", "transparent", "size", "damaged"]
+
+
+class ImageError(DataError):
+    """An image that is not decoded, and in one word why, for those who answer in other words (the endpoint)."""
+
+    def __init__(self, message: str, reason: Reason) -> None:
+        super().__init__(message)
+        self.reason: Reason = reason
+
+    def __reduce__(self) -> tuple[type[ImageError], tuple[str, Reason]]:
+        return type(self), (str(self), self.reason)
 
 
 @dataclass(frozen=True)
@@ -113,7 +128,7 @@ def decode(data: bytes, spec: ImageSpec, name: str) -> NDArray[np.uint8]:
         name: what error messages call the image.
 
     Raises:
-        DataError: not an image, truncated, garbled, too many pixels, not opaque, several frames, or, with
+        ImageError: not an image, truncated, garbled, too many pixels, not opaque, several frames, or, with
             ``resize="strict"``, another size or channel count.
     """
     return decode_file(data, spec, name).pixels
@@ -124,10 +139,11 @@ def decode_file(data: bytes, spec: ImageSpec, name: str) -> DecodedImage:
     image, kind = _load(data, spec, name)
     channels = 1 if image.mode == "L" else 3
     if spec.resize == "strict" and ((image.height, image.width) != spec.image_size or channels != spec.channels):
-        raise DataError(
+        raise ImageError(
             f"{name}: is {image.height} x {image.width} with {channels} channel(s); data.resize: strict expects "
             f"{spec.image_size[0]} x {spec.image_size[1]} with {spec.channels}; set data.resize to stretch or pad, or "
-            f"data.image_size and data.channels to what the images have"
+            f"data.image_size and data.channels to what the images have",
+            "size",
         )
     fitted = _in_mode(image, "L" if spec.channels == 1 else "RGB")
     pixels = _fit(fitted, spec, Image.Resampling.BICUBIC).reshape(*spec.image_size, spec.channels)
@@ -202,6 +218,16 @@ def to_uint8(images: Tensor) -> NDArray[np.uint8]:
     return array
 
 
+def placement(spec: ImageSpec, height: int, width: int) -> tuple[int, int, int, int]:
+    """Where an upright image of ``height`` x ``width`` comes to lie on the spec's canvas: (top, left, height, width)."""
+    rows, columns = spec.image_size
+    if spec.resize != "pad":
+        return 0, 0, rows, columns
+    scale = min(rows / height, columns / width)
+    inner = (min(rows, max(1, round(height * scale))), min(columns, max(1, round(width * scale))))
+    return (rows - inner[0]) // 2, (columns - inner[1]) // 2, *inner
+
+
 def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """Image files among files and folders (searched recursively, hidden ones left out), sorted, each once.
 
@@ -242,7 +268,7 @@ def _load(data: bytes, spec: ImageSpec, name: str) -> tuple[Image.Image, str]:
     plugin = _plugin(data)
     if plugin is None:
         what = "is not a PNG, JPEG, WebP, BMP or TIFF image" if data else "is an empty file"
-        raise DataError(f"{name}: {what}; {_REMEDY}")
+        raise ImageError(f"{name}: {what}; {_REMEDY}", "format" if data else "empty")
     try:
         with plugin(io.BytesIO(data)) as image:
             _check_size(image, spec, name)
@@ -253,7 +279,7 @@ def _load(data: bytes, spec: ImageSpec, name: str) -> tuple[Image.Image, str]:
     except DataError:
         raise
     except Exception as error:  # Pillow's parsers raise whatever a garbled file makes them trip over
-        raise DataError(f"{name}: cannot be decoded ({' '.join(str(error).split())}); {_REMEDY}") from error
+        raise ImageError(f"{name}: cannot be decoded ({' '.join(str(error).split())}); {_REMEDY}", "damaged") from error
     turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return (plain if turn is None else plain.transpose(turn)), kind
 
@@ -268,13 +294,14 @@ def _plugin(data: bytes) -> type[ImageFile.ImageFile] | None:
 def _check_size(image: ImageFile.ImageFile, spec: ImageSpec, name: str) -> None:
     pixels = image.width * image.height
     if pixels > spec.max_pixels:
-        raise DataError(
+        raise ImageError(
             f"{name}: has {image.height} x {image.width} = {pixels} pixels, more than data.max_pixels "
-            f"({spec.max_pixels}); raise data.max_pixels if the file is to be trusted"
+            f"({spec.max_pixels}); raise data.max_pixels if the file is to be trusted",
+            "pixels",
         )
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
-        raise DataError(f"{name}: holds {frames} frames; save the one that is meant as a file of its own")
+        raise ImageError(f"{name}: holds {frames} frames; save the one that is meant as a file of its own", "frames")
 
 
 def _eight_bit(image: Image.Image, name: str) -> Image.Image:
@@ -283,12 +310,14 @@ def _eight_bit(image: Image.Image, name: str) -> Image.Image:
         wide = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise DataError(f"{name}: has 32-bit pixels, whose range is not known; convert it to 8 or 16 bits")
+        raise ImageError(f"{name}: has 32-bit pixels, whose range is not known; convert it to 8 or 16 bits", "depth")
     grey = image.mode in ("1", "L", "LA", "La")
     if image.has_transparency_data:
         colour = image.convert("RGBA")
         if colour.getchannel("A").getextrema() != (255, 255):
-            raise DataError(f"{name}: has transparent pixels; flatten it onto the background that is meant")
+            raise ImageError(
+                f"{name}: has transparent pixels; flatten it onto the background that is meant", "transparent"
+            )
         return colour.getchannel("R") if grey else colour.convert("RGB")
     return _in_mode(image, "L" if grey else "RGB")
 
@@ -300,17 +329,13 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
 def _fit(image: Image.Image, spec: ImageSpec, resample: Image.Resampling) -> NDArray[np.uint8]:
     """(H, W) or (H, W, 3) at the spec's size; padding repeats the edge, or is 0 for nearest neighbour (masks)."""
     height, width = spec.image_size
-    scale = min(height / image.height, width / image.width)
-    if spec.resize == "pad":
-        inner = (min(height, max(1, round(image.height * scale))), min(width, max(1, round(image.width * scale))))
-    else:
-        inner = (height, width)
+    top, left, *inner_sides = placement(spec, image.height, image.width)
+    inner = (inner_sides[0], inner_sides[1])
     if (image.height, image.width) != inner:
         image = image.resize((inner[1], inner[0]), resample)
     pixels: NDArray[np.uint8] = np.asarray(image)
     if inner == (height, width):
         return pixels
-    top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
     margins = [(top, height - inner[0] - top), (left, width - inner[1] - left), (0, 0)][: pixels.ndim]
     if resample is Image.Resampling.NEAREST:
         return np.pad(pixels, margins)

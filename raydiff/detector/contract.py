@@ -89,6 +89,15 @@ class Detector(ABC):
         """:meth:`predict` with the reconstruction, where the detector has one."""
         return replace(self.predict(images), reconstruction=self._reconstruct(images))
 
+    def reconstruct(self, images: Tensor) -> Tensor | None:
+        """What the detector takes the normal version of the images to be, (B, C, H, W); None where it has none.
+
+        Raises:
+            ShapeError: as :meth:`score`.
+        """
+        self._check_images(images)
+        return self._reconstruct(images)
+
     @property
     def has_gradient(self) -> bool:
         """Whether there is a :meth:`surrogate`."""
