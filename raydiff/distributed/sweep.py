@@ -38,7 +38,7 @@ from raydiff.shards import ShardSet
 from raydiff.sweep.jobs import TRAINING, Fit, Job, stopped, train_networks
 from raydiff.sweep_records import append_trainings
 
-__all__ = ["Ended", "finished_trials", "fit_of", "open_study", "search"]
+__all__ = ["Ended", "finished_trials", "fit_of", "num_tried", "open_study", "search"]
 
 _FAILURE = "failure.json"
 _MAX_RETRIES = 2
@@ -112,6 +112,11 @@ def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
     return list(study.get_trials(deepcopy=False, states=_DONE))
 
 
+def num_tried(study: optuna.Study) -> int:
+    """How many different combinations of training parameters have ended."""
+    return len({trial.user_attrs.get("key", trial.number) for trial in finished_trials(study)})
+
+
 def search(
     space: SearchSpace,
     config: ExperimentConfig,
@@ -134,26 +139,29 @@ def search(
     Raises:
         ConfigError: no node has room for a trial.
     """
-    first = Job(out.resolve(), shards.uri, space, config, {}, space.seeds, device="cuda" if space.num_gpus else "cpu")
+    job = Job(out.resolve(), shards.uri, space, config, {}, space.seeds, device="cuda" if space.num_gpus else "cpu")
     total = space.trials if space.paths(TRAINING) else 1
-    left = total - len(finished_trials(study))
-    parallel = _parallel(space)
-    if left <= 0:
-        return
-    stop = _Stop()
-    searcher = _Searcher(study, first, total, stop, on_ended)
-    place = out / "tune"
+    parallel, done = _parallel(space), -1
+    while done < num_tried(study) < total:  # what is proposed again costs nothing, and does not count
+        done = num_tried(study)
+        _run(job, study, total, min(parallel, total - done), on_ended)
+
+
+def _run(job: Job, study: optuna.Study, total: int, parallel: int, on_ended: Callable[[Ended], None]) -> None:
+    """As many trials as there are left to do."""
+    stop, place = _Stop(), job.out / "tune"
     shutil.rmtree(place, ignore_errors=True)
     os.environ |= _TUNE
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_trial, job=first), _held(space)),
+        tune.with_resources(tune.with_parameters(_trial, job=job), _held(job.space)),
         tune_config=tune.TuneConfig(
-            search_alg=searcher, scheduler=_scheduler(space, first), num_samples=left,
-            max_concurrent_trials=min(parallel, left), reuse_actors=space.num_workers == 1,
+            search_alg=_Searcher(study, job, total, stop, on_ended), scheduler=_scheduler(job.space, job),
+            num_samples=total - num_tried(study), max_concurrent_trials=parallel,
+            reuse_actors=job.space.num_workers == 1,
         ),
         run_config=tune.RunConfig(
-            name="trials", storage_path=str(place.resolve()), verbose=0, callbacks=[stop],
+            name="trials", storage_path=str(place), verbose=0, callbacks=[stop],
             failure_config=tune.FailureConfig(max_failures=_MAX_RETRIES),
         ),
     )  # fmt: skip
@@ -254,10 +262,9 @@ class _Searcher(OptunaSearch):  # type: ignore[misc]  # Ray has no types
             state = TrialState.PRUNED
             append_trainings(job.folder, stopped(job, "pruned"))
             self._ot_study.tell(trial, state=state)
-        done = len(finished_trials(self._ot_study))
         self._on_ended(
             Ended(
-                trial.number, state.name.lower(), value, seconds, done, self._num_trials,
+                trial.number, state.name.lower(), value, seconds, num_tried(self._ot_study), self._num_trials,
                 _best_value(self._ot_study), failure,
             )
         )  # fmt: skip

@@ -30,7 +30,7 @@ from raydiff.config import ExperimentConfig
 from raydiff.distributed.benchmark import RayWorkers
 from raydiff.distributed.points import as_trial
 from raydiff.distributed.second_level import best_of, name_objectives, values_of
-from raydiff.distributed.sweep import Ended, finished_trials, fit_of, open_study, search
+from raydiff.distributed.sweep import Ended, finished_trials, fit_of, num_tried, open_study, search
 from raydiff.errors import DataError
 from raydiff.journal import alone_in, write_whole
 from raydiff.search_space import SearchSpace
@@ -144,11 +144,10 @@ def write_report(sweep: Sweep) -> Path | None:
 
 def gather(sweep: Sweep, study: optuna.Study) -> list[Setting]:
     """Write ``settings.jsonl`` and ``trainings.jsonl`` anew from the folders; the search's settings are given back."""
-    wall = {
-        trial.user_attrs["key"]: trial.user_attrs["wall_seconds"] / len(sweep.space.seeds)
-        for trial in finished_trials(study)
-        if "key" in trial.user_attrs and trial.state == TrialState.COMPLETE
-    }
+    wall: dict[str, float] = {}
+    for trial in finished_trials(study):
+        if trial.state == TrialState.COMPLETE:  # of several with the same networks the first one trained them
+            wall.setdefault(trial.user_attrs["key"], trial.user_attrs["wall_seconds"] / len(sweep.space.seeds))
     trainings: list[TrainingRow] = []
     settings: list[Setting] = []
     for folder in sorted((sweep.out / "trainings").glob("*")):
@@ -175,13 +174,13 @@ def status(sweep: Sweep) -> str:
     trials = study.get_trials(deepcopy=False)
     total = sweep.space.trials if sweep.space.paths(TRAINING) else 1
     counts = {state: sum(trial.state == state for trial in trials) for state in TrialState}
-    left = total - sum(counts[state] for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
+    left = max(0, total - num_tried(study))
     settings = sum(trial.user_attrs.get("num_settings", 0) for trial in trials)
     lines = [
         f"study {sweep.name} in {sweep.url}",
         f"trials: {counts[TrialState.COMPLETE]} complete, {counts[TrialState.PRUNED]} stopped early,"
-        f" {counts[TrialState.FAIL]} failed, {counts[TrialState.RUNNING]} running or interrupted; {left} of {total} to"
-        " end",
+        f" {counts[TrialState.FAIL]} failed, {counts[TrialState.RUNNING]} running or interrupted; {left} of {total}"
+        " combinations to go",
         f"settings measured: {settings}",
     ]
     if counts[TrialState.COMPLETE]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,9 @@ class Networks:
     measured: list[Setting] = field(default_factory=list)
     """What was measured in this folder before and now, in order."""
 
+    def __post_init__(self) -> None:
+        self._known = {_identity(row.params, row.phase, row.varied, row.by_seed): row for row in self.measured}
+
     def measure(self, params: Mapping[str, Any], *, varied: str | None = None) -> Setting:
         """Measure a setting of all parameters, unless it was before, and keep its row.
 
@@ -119,10 +122,9 @@ class Networks:
             ConfigError: the combination cannot be scored, as with fewer steps than a scorer wants.
         """
         job = self.job
-        asked = (dict(params), job.phase, varied, set(self.caches))
-        for row in self.measured:
-            if (dict(row.params), row.phase, row.varied, set(row.by_seed)) == asked:
-                return row
+        asked = _identity(params, job.phase, varied, self.caches)
+        if asked in self._known:
+            return self._known[asked]
         names = [objective.name for objective in job.space.objectives]
         by_seed = {seed: self._of_seed(params, seed, names) for seed in self.caches}
         common = set.intersection(*(set(values) for values in by_seed.values()))
@@ -134,6 +136,7 @@ class Networks:
             target_fpr=job.scored(params, first).calibration.target_fpr, varied=varied,
         )  # fmt: skip
         self.measured.append(row)
+        self._known[asked] = row
         return row
 
     def keep(self, rows: Sequence[Setting]) -> None:
@@ -222,6 +225,10 @@ def stopped(job: Job, state: str, failure: str = "") -> list[TrainingRow]:
             )
         )  # fmt: skip
     return rows
+
+
+def _identity(params: Mapping[str, Any], phase: Phase, varied: str | None, seeds: Iterable[int]) -> str:
+    return json.dumps([dict(params), phase, varied, sorted(seeds)], sort_keys=True)
 
 
 def _spent(place: Path) -> float:

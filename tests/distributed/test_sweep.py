@@ -145,6 +145,20 @@ def test_a_finished_sweep_is_not_run_again(finished: Sweep, shards: ShardSet) ->
     assert "4 complete, 0 stopped early, 0 failed" in status(finished)
 
 
+def test_a_combination_that_is_proposed_again_does_not_count(tmp_path: Path, shards: ShardSet) -> None:
+    parameters = {"schedule.beta_schedule": SPACE["parameters"]["schedule.beta_schedule"]}
+    sweep = sweep_of(
+        tmp_path / "out", parameters=parameters, trials=3, settings_per_training=1, around=None, refit_seeds=[],
+        sampler="random",
+    )  # fmt: skip
+    run_sweep(sweep, shards)
+    trials = optuna.load_study(study_name="tiny", storage=sweep.url).trials
+    keys = [trial.user_attrs["key"] for trial in trials]
+    assert len(keys) > len(set(keys)) >= 2  # at random three of three choices come only by luck
+    assert len(read_trainings(sweep.out)) == len(set(keys))
+    assert "0 of 3 combinations to go" in status(sweep) or "1 of 3" in status(sweep)
+
+
 def test_another_space_under_the_same_name_is_refused(finished: Sweep, shards: ShardSet) -> None:
     parameters = SPACE["parameters"] | {"scoring.blur": {"float": [0.0, 1.0]}}
     other = sweep_of(finished.out, parameters=parameters)
