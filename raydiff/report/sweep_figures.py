@@ -15,7 +15,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from raydiff.report.figures import INK, SETTINGS, to_svg
 from raydiff.report.sweep_data import Axis, Importance, Sweep, label_of, sign_of, value_name
@@ -185,8 +185,7 @@ def loss_figure(sweep: Sweep, name: str) -> str:
         losses, values = zip(*pairs, strict=True)
         axes.plot(losses, values, "o", color=BLUE, alpha=0.6, markersize=5, markeredgewidth=0)
         if min(losses) > 0 and max(losses) > 8 * min(losses):
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            _log_x(axes)
         axes.set(xlabel=label_of("loss"), ylabel=label_of(sweep.lead))
         axes.grid(color=INK, alpha=0.12, linewidth=0.6)
         return to_svg(figure, name)
@@ -289,12 +288,19 @@ def front_figure(found: Front, sweep: Sweep, objective: str, name: str) -> str:
         axes.plot(xs, ys, "D", color=ORANGE, markersize=5, label="on the front")
         known = [row.values[objective] for row in (*others, *members)]
         if min(known) > 0 and max(known) > 8 * min(known):
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            _log_x(axes)
         axes.set(xlabel=label_of(objective), ylabel=label_of(lead))
         axes.grid(color=INK, alpha=0.12, linewidth=0.6)
         figure.legend(loc="outside lower center", ncols=2)
         return to_svg(figure, name)
+
+
+def _log_x(axes: Axes) -> None:
+    """A logarithmic x axis with plain numbers at 1, 2 and 5."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _parameter_ticks(axes: Axes, axis: Axis, values: Sequence[object]) -> None:

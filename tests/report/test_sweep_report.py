@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from raydiff.errors import ConfigError
 from raydiff.report import Importance, write_sweep_report
 from raydiff.report.sweep_data import read_sweep
+from raydiff.report.sweep_figures import loss_figure
 from raydiff.report.sweep_rates import rates
 from raydiff.report.sweep_statistics import curves, front, grids, loss_rank, paired, spreads
 from raydiff.report.sweep_words import matters
@@ -454,6 +456,13 @@ def test_the_loss_is_called_a_proxy_only_where_it_is_one(sweep):
     assert number == 35
     assert estimate.value < -0.7
     assert estimate.high < 0
+
+
+def test_losses_over_a_wide_range_have_plain_numbers_on_their_axis(sweep):
+    wide = tuple(replace(row, loss=0.01 * 1.1**i) for i, row in enumerate(sweep.trainings))
+    drawn = loss_figure(replace(sweep, trainings=wide), "loss")
+    assert "mathdefault" not in drawn
+    assert ">0.05<" in drawn
 
 
 def test_the_front_is_what_no_other_setting_beats(sweep):
