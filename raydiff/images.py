@@ -219,7 +219,7 @@ def to_uint8(images: Tensor) -> NDArray[np.uint8]:
 
 
 def placement(spec: ImageSpec, height: int, width: int) -> tuple[int, int, int, int]:
-    """Where an upright image of ``height`` x ``width`` comes to lie on the spec's canvas: (top, left, height, width)."""
+    """Where an upright image of ``height`` x ``width`` lies on the spec's canvas: (top, left, height, width)."""
     rows, columns = spec.image_size
     if spec.resize != "pad":
         return 0, 0, rows, columns

@@ -9,10 +9,14 @@ WebP container (RFC 9649).
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 
 from raydiff.service.problems import ProblemError
 
-__all__ = ["MAX_JPEG_SCANS", "MAX_METADATA_BYTES", "check_header"]
+__all__ = ["MAX_CHUNKS", "MAX_JPEG_SCANS", "MAX_METADATA_BYTES", "check_header"]
+
+MAX_CHUNKS = 20_000
+"""Chunks of a PNG or WebP, segments of a JPEG: what 32 MB of pixels in pieces of 2 kB come to."""
 
 MAX_JPEG_SCANS = 64
 """A progressive JPEG has about ten; each costs as much as decoding the whole image once."""
@@ -41,12 +45,9 @@ def check_header(data: bytes) -> tuple[int, int] | None:
 
 
 def _png(data: bytes) -> tuple[int, int] | None:
-    position = 8
-    while position + 8 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, position)
+    for kind, start, end in _chunks(data, 8, ">I4s"):
         if kind == b"eXIf":
-            _directories(data[position + 8 : position + 8 + length])
-        position += 12 + length
+            _directories(data[start:end])
     if len(data) < 24 or data[12:16] != b"IHDR":
         return None
     width, height = struct.unpack_from(">II", data, 16)
@@ -56,8 +57,11 @@ def _png(data: bytes) -> tuple[int, int] | None:
 def _jpeg(data: bytes) -> tuple[int, int] | None:
     if data.count(b"\xff\xda") > MAX_JPEG_SCANS:
         raise _costly(f"has more than {MAX_JPEG_SCANS} scans")
-    position = 2
+    position, seen = 2, 0
     while position + 4 <= len(data) and data[position] == 0xFF:
+        seen += 1
+        if seen > MAX_CHUNKS:
+            raise _costly(f"has more than {MAX_CHUNKS} segments")
         marker = data[position + 1]
         if marker == 0xFF:  # fill
             position += 1
@@ -76,12 +80,22 @@ def _jpeg(data: bytes) -> tuple[int, int] | None:
 
 
 def _webp(data: bytes) -> None:
-    position = 12
-    while position + 8 <= len(data):
-        kind, length = struct.unpack_from("<4sI", data, position)
+    for kind, start, end in _chunks(data, 12, "<4sI"):
         if kind == b"EXIF":
-            _directories(data[position + 8 : position + 8 + length].removeprefix(b"Exif\x00\x00"))
-        position += 8 + length + length % 2
+            _directories(data[start:end].removeprefix(b"Exif\x00\x00"))
+
+
+def _chunks(data: bytes, position: int, layout: str) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, start and end of the content of every chunk of a PNG (">I4s") or WebP ("<4sI")."""
+    png = layout == ">I4s"
+    for _ in range(MAX_CHUNKS):
+        if position + 8 > len(data):
+            return
+        first, second = struct.unpack_from(layout, data, position)
+        kind, length = (second, first) if png else (first, second)
+        yield kind, position + 8, position + 8 + length
+        position += 8 + length + (4 if png else length % 2)
+    raise _costly(f"has more than {MAX_CHUNKS} chunks")
 
 
 def _tiff(data: bytes) -> tuple[int, int] | None:

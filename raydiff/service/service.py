@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raydiff.contracts import Prediction
 from raydiff.errors import ConfigError, ScoreError
@@ -223,6 +224,14 @@ class ScoringService:
         """The live artefact's last scores against its calibration."""
         live = self._roll.lineup.live
         return live.drift.measure(live.calibration)
+
+    def drift_scores(self) -> tuple[str, NDArray[np.float64]]:
+        """The live artefact's id and its scores in the window, oldest first.
+
+        Those of all replicas joined go to :func:`raydiff.service.measure_drift`.
+        """
+        live = self._roll.lineup.live
+        return live.artifact_id, live.drift.scores()
 
     def metrics(self) -> bytes:
         """Prometheus' text format; its content type is :data:`raydiff.service.metrics.CONTENT_TYPE`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from queue import Empty, Full, Queue
 from threading import Lock, Thread
 from typing import Any
@@ -24,6 +24,7 @@ from raydiff.service.decoding import ReceivedImage, receive
 __all__ = ["Shadow", "ShadowRecord"]
 
 _AT_ONCE = 16
+_MAX_PENDING_BYTES = 64_000_000
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Shadow:
         self._counts = dict.fromkeys(("num_scored", "num_agreeing", "num_failed", "num_left_out"), 0)
         self._difference, self._distance = 0.0, 0.0
         self._queue: Queue[_Job | None] = Queue(max_pending)
+        self._pending_bytes = 0
         self._closed = False
         self._thread = Thread(target=self._work, name="raydiff-shadow", daemon=True)
         self._thread.start()
@@ -79,11 +81,18 @@ class Shadow:
         """
         if not self.takes(received.digest):
             return
+        if received.spec == self.artifact.detector.image_spec:
+            received = replace(received, data=b"")  # which a decoding at another size would need
+        size = len(received.data)
         with self._lock:
             if self._closed:
                 return
+            if self._pending_bytes + size > _MAX_PENDING_BYTES:
+                self._counts["num_left_out"] += 1
+                return
             try:
                 self._queue.put_nowait(_Job(received, live))
+                self._pending_bytes += size
             except Full:
                 self._counts["num_left_out"] += 1
 
@@ -92,7 +101,7 @@ class Shadow:
         self._queue.join()
 
     def close(self) -> None:
-        """Take no more, and end the thread when it has done what it holds."""
+        """Take no more, leave out what waits, and end the thread."""
         with self._lock:
             first, self._closed = not self._closed, True
         if first:
@@ -132,11 +141,17 @@ class Shadow:
             try:
                 for job in jobs:
                     self._score(job)
+                    with self._lock:
+                        self._pending_bytes -= len(job.received.data)
             finally:
                 for _ in taken:
                     self._queue.task_done()
 
     def _score(self, job: _Job) -> None:
+        if self._closed:
+            with self._lock:
+                self._counts["num_left_out"] += 1
+            return
         try:
             record = self._compare(job)
         except (RaydiffError, RuntimeError, ValueError, MemoryError):

@@ -270,6 +270,20 @@ def test_a_jpeg_of_endless_scans() -> None:
     assert "scans" in problem_of(repeated).detail
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_endless_empty_chunks(kind: str) -> None:
+    data = file_of(picture(), kind)
+    if kind == "PNG":
+        data = data[:33] + png_chunk(b"prIv", b"") * 200_000 + data[33:]
+    elif kind == "JPEG":
+        data = data[:2] + b"\xff\xe5\x00\x02" * 200_000 + data[2:]
+    else:
+        data = data + b"PRIV\0\0\0\0" * 200_000
+    started = time.perf_counter()
+    assert "more than 20000" in problem_of(data).detail
+    assert time.perf_counter() - started < 1
+
+
 def test_the_size_in_the_head_is_the_decoders() -> None:
     for kind in ("PNG", "JPEG", "TIFF"):
         assert check_header(file_of(picture(), kind)) == (40, 50)

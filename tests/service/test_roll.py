@@ -186,6 +186,14 @@ def test_the_share_is_of_images_and_always_the_same(first: Path, second: Path) -
     expected = [image.digest for image in received[:30] if image.digest in taken]
     assert recorded == expected * 2
     service.close()
+    service.set_shadow(second, share=1.0)
+    closed = service._roll.lineup.shadow
+    assert closed is not None
+    service.score(received)
+    service.close()  # leaves out what waits
+    report = closed.report()
+    assert report["num_scored"] + report["num_left_out"] == len(received)
+    assert report["num_left_out"] > 0
     for share in (0, 1.5, float("nan"), True):
         with pytest.raises(ConfigError, match="share"):
             service.set_shadow(second, share=share)
@@ -212,5 +220,6 @@ def test_a_shadow_that_fails_or_cannot_keep_up_harms_nobody(
     assert report["agreement"] is None
     service.close()
     shadow.offer(service.receive(files[0]), {})
+    assert shadow._pending_bytes == 0
     shadow.wait()
     assert report == shadow.report()

@@ -251,6 +251,9 @@ def test_a_refused_image_is_counted(artifact: Path, files: dict[str, bytes]) -> 
     assert samples["raydiff_artifact_info", ("artifact", service.artifact_id[:12])] == 1
     assert samples["raydiff_drift_scores",] == count
     assert np.isnan(samples["raydiff_drift_ks",])
+    artifact_id, scores = service.drift_scores()
+    assert (artifact_id, len(scores)) == (service.artifact_id, count)
+    assert service.drift().num_scores == count
     assert service.model()["limits"] == {"max_bytes": 100_000, "max_pixels": 100_000}
     assert "version=0.0.4" in CONTENT_TYPE
 
