@@ -1,0 +1,82 @@
+/** The live model, its target rate, and drift. */
+
+import * as api from "./api.js";
+import { byId, make } from "./dom.js";
+import { facts } from "./result.js";
+import { driftSentence, number, percent, whole } from "./words.js";
+
+/** Facts of the model, and the rate in force in its field unless somebody is typing there. */
+export function showModel(model) {
+  const { calibration, image } = model;
+  byId("lead").textContent = `${model.detector} says how far an image is from the normal ones it learnt from.`;
+  byId("facts").replaceChildren(...facts([
+    ["Detector", model.detector + (model.pretrained ? ` on ${model.pretrained}` : "")],
+    ["Artefact", make("code", {}, model.artifact_id)],
+    ["Training data", trainingData(model)],
+    ["Takes", `${image.width} × ${image.height}, ${image.channels === 1 ? "grey" : "RGB"}; others are fitted (${image.resize})`],
+    ["Threshold", `${number(calibration.threshold.value)}: ${calibration.rule}`],
+    ...measured(model.metrics),
+  ]));
+  const field = byId("rate");
+  if (document.activeElement !== field) field.value = shown(calibration.threshold.target_fpr);
+  byId("rate-own").textContent = `Default (${percent(calibration.own_target_fpr)})`;
+  byId("rate-own").value = calibration.own_target_fpr;
+}
+
+/** Ask for drift and say it; what goes wrong is said in its place. */
+export async function refreshDrift() {
+  const place = byId("drift-sentence");
+  try {
+    place.textContent = driftSentence(await api.drift());
+  } catch (problem) {
+    place.textContent = `Not known: ${problem.detail}`;
+  }
+}
+
+/** The field of the target rate; `changed()` after the service took another. */
+export function watchRate(changed) {
+  const said = byId("rate-said");
+  const set = async (share) => {
+    try {
+      const threshold = await api.setRate(share);
+      said.textContent = `The threshold is now ${number(threshold.value)}, from the next image on.`;
+      byId("rate").value = shown(threshold.target_fpr);
+      await changed();
+    } catch (problem) {
+      said.textContent = `Not changed: ${problem.detail}`;
+    }
+  };
+  byId("rate-form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    set(Number(byId("rate").value) / 100);
+  });
+  byId("rate-own").addEventListener("click", () => set(Number(byId("rate-own").value)));
+}
+
+/** The field of the API key; `changed()` after another is in use. */
+export function watchKey(changed) {
+  byId("key-form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    api.useKey(byId("key").value);
+    byId("key-said").textContent = "In use until this page is closed, and stored nowhere.";
+    changed();
+  });
+}
+
+const shown = (share) => Number((100 * share).toPrecision(6));
+
+function trainingData(model) {
+  const name = model.config?.data?.dataset ?? model.config?.data?.name ?? null;
+  const digest = model.training_data_digest;
+  if (digest === null) return name ?? "not recorded";
+  return make("span", {}, name === null ? "" : `${name}, `, make("code", {}, digest.slice(0, 16)));
+}
+
+function measured(metrics) {
+  if (!metrics) return [];
+  const auroc = metrics.metrics?.auroc;
+  const value = typeof auroc === "number" ? auroc : auroc?.value;
+  if (typeof value !== "number") return [];
+  const images = `${whole(metrics.num_normal)} normal and ${whole(metrics.num_anomalous)} anomalous images`;
+  return [["Measured", `AUROC ${number(value)} on ${images} of ${metrics.dataset}`]];
+}
