@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from raydiff.errors import ShapeError
-from raydiff.heatmap import enlarge, heat, overlay
+from raydiff.heatmap import blend, enlarge, heat, layer, overlay
 
 
 def test_colour_begins_at_the_median_and_is_half_way_at_the_mask_threshold():
@@ -37,3 +37,13 @@ def test_an_overlay_of_a_map_of_another_size_is_refused():
 def test_enlarge_repeats_pixels():
     assert enlarge(np.zeros((8, 6, 3), np.uint8)).shape == (128, 96, 3)
     assert enlarge(np.zeros((200, 300, 1), np.uint8)).shape == (200, 300, 1)
+
+
+def test_the_layer_over_grey_is_the_blend():
+    level = np.linspace(0, 1, 20).reshape(4, 5)
+    image = np.full((4, 5, 1), 90, np.uint8)
+    rgba = layer(level).astype(float)
+    assert rgba.shape == (4, 5, 4)
+    assert (rgba[0, 0, 3], rgba[-1, -1, 3]) == (0, round(0.9 * 255))
+    opacity = rgba[..., 3:] / 255
+    assert np.abs(opacity * rgba[..., :3] + (1 - opacity) * 90 - blend(image, level)).max() < 1.5

@@ -13,6 +13,7 @@ from PIL import Image
 from raydiff.config import DataConfig
 from raydiff.errors import DataError, ShapeError
 from raydiff.images import (
+    ImageError,
     ImageSpec,
     decode,
     decode_file,
@@ -20,6 +21,7 @@ from raydiff.images import (
     encode_png,
     find_images,
     images_in,
+    placement,
     to_tensor,
     to_uint8,
 )
@@ -313,3 +315,26 @@ def test_find_images_says_what_is_missing(tmp_path: Path) -> None:
         find_images([tmp_path])
     with pytest.raises(DataError, match=r"\(no path given\): no image found"):
         find_images([])
+
+
+def test_placement_is_where_the_pixels_come_to_lie() -> None:
+    for height, width in ((10, 40), (40, 10), (7, 9), (30, 30), (1, 99)):
+        top, left, rows, columns = placement(spec(16, 24, 1, "pad"), height, width)
+        white = decode(file_of(np.full((height, width), 255, np.uint8)), spec(16, 24, 1, "pad"), "a")
+        assert white.all()
+        assert 0 <= top <= top + rows <= 16
+        assert 0 <= left <= left + columns <= 24
+        assert 16 - rows in (2 * top, 2 * top + 1)
+        assert rows == 16 or columns == 24
+        assert placement(spec(16, 24), height, width) == (0, 0, 16, 24)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [(b"", "empty"), (b"GIF89a", "format"), (file_of(picture())[:200], "damaged"), (file_of(picture()), "pixels")],
+)
+def test_an_error_says_in_one_word_why(data: bytes, reason: str) -> None:
+    with pytest.raises(ImageError) as caught:
+        decode(data, spec(8, 8, max_pixels=1999 if reason == "pixels" else 10_000), "a")
+    assert caught.value.reason == reason
+    assert isinstance(caught.value, DataError)

@@ -115,6 +115,9 @@ def test_much_exif_is_no_reason_to_refuse() -> None:
     exif = Image.Exif()
     exif[0x010E] = "x" * 60_000
     assert receive(file_of(picture(), "JPEG", exif=exif), SPEC).image.width == 50
+    exif[0x010E] = "x" * 6_000_000
+    for kind in ("PNG", "WEBP"):
+        assert receive(file_of(picture(), kind, exif=exif), SPEC).image.width == 50
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
