@@ -49,7 +49,8 @@ class ScoredImage:
     """What the artefact ``artifact_id`` says about one image.
 
     ``timing_ms`` has ``decode``, ``score`` (of the whole batch of ``batch_size`` images) and, where it was asked for,
-    ``explain``. ``height`` and ``width`` are the upright original's, ``image`` the SHA-256 of its bytes.
+    ``explain`` (reconstructing all explained images of the batch, and drawing this one's pictures).
+    ``height`` and ``width`` are the upright original's, ``image`` the SHA-256 of its bytes.
     """
 
     score: float
