@@ -63,9 +63,9 @@ def test_every_module_has_a_layer():
 ALLOWED = {
     "ray": ("distributed/",),
     "optuna": ("distributed/",),
-    "fastapi": ("distributed/serve.py",),
-    "starlette": ("distributed/serve.py",),
-    "uvicorn": ("distributed/serve.py",),
+    "fastapi": ("distributed/serve",),
+    "starlette": ("distributed/serve",),
+    "uvicorn": ("distributed/serve",),
     "timm": ("denoisers/", "backbone.py"),
     "diffusers": ("denoisers/", "spaces/"),
     "pyod": ("baselines/",),

@@ -1,4 +1,4 @@
-"""``raydiff``: prepare, fit, evaluate, score, benchmark, sweep, report, demo.
+"""``raydiff``: prepare, fit, evaluate, score, benchmark, sweep, serve, report, demo.
 
 Exit codes: 0 done, 1 a run failed, 2 the command or the config cannot be used, 130 interrupted. Errors are one line;
 ``--debug`` adds the traceback. Each command imports what it needs when it runs, so that ``--help`` is quick.
@@ -16,6 +16,7 @@ import click
 
 from raydiff.cli.benchmark import benchmark
 from raydiff.cli.options import Folder, command_line, config_argument, prepared, progress, set_option, shards_of
+from raydiff.cli.serve import serve
 from raydiff.cli.sweep import sweep
 from raydiff.errors import ConfigError, RaydiffError
 
@@ -272,4 +273,5 @@ def _first_free(path: Path) -> Path:
 
 
 main.add_command(benchmark)
+main.add_command(serve)
 main.add_command(sweep)

@@ -1,0 +1,124 @@
+"""What all replicas are to serve, and what each last said about itself: one small place that they all ask.
+
+A replica asks before every batch, so a threshold that was set holds for every batch that begins after. A new artefact
+is taken up in two steps, and scoring goes on meanwhile: while it is *unsettled* replicas load it and answer with the
+old one; once all of them have it (or time is up), it is *settled*, and no replica scores again before it has it.
+
+The board forgets when its process dies. Replicas hand what they know back to it with every question: the higher version
+wins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Board", "Report", "Wanted"]
+
+_SILENT_S = 5.0
+"""A replica that has not asked for so long is taken for gone; each asks once a second."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be served; ``version`` counts changes, ``epoch`` names the application it belongs to.
+
+    ``target_fpr`` is None where each artefact answers the rate it was saved with.
+    """
+
+    epoch: str
+    folder: str
+    artifact_id: str
+    version: int = 0
+    previous: tuple[str, str] | None = None
+    target_fpr: float | None = None
+    settled: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What a replica says of itself: its metrics in Prometheus' text format, and the live artefact's last scores."""
+
+    replica: str
+    artifact_id: str
+    metrics: bytes
+    scores: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+
+
+class Board:
+    """Runs once in the application; every call takes microseconds."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        self._wanted = wanted
+        self._reports: dict[str, Report] = {}
+        self._reached: dict[str, tuple[float, int]] = {}
+
+    async def follow(self, replica: str, known: Wanted | None, reached: int, report: Report | None = None) -> Wanted:
+        """What is wanted now; ``reached`` is the version that the replica serves already."""
+        if known is not None and known.epoch == self._wanted.epoch and known.version > self._wanted.version:
+            self._wanted = known
+        self._reached[replica] = (time.monotonic(), reached)
+        if report is not None:
+            self._reports[replica] = report
+        return self._wanted
+
+    async def leave(self, replica: str) -> None:
+        """The replica is about to end."""
+        self._reached.pop(replica, None)
+        self._reports.pop(replica, None)
+
+    async def set_rate(self, target_fpr: float | None) -> Wanted:
+        """Another rate, from the next batch on."""
+        return self._change(target_fpr=target_fpr)
+
+    async def roll(self, folder: str, artifact_id: str, wait_s: float = 30.0) -> Wanted:
+        """Another artefact; returns when every replica has it, or after ``wait_s``."""
+        now = self._wanted
+        if artifact_id == now.artifact_id:
+            return now
+        self._change(folder=folder, artifact_id=artifact_id, previous=(now.folder, now.artifact_id), settled=False)
+        return await self._settled(wait_s)
+
+    async def roll_back(self, wait_s: float = 30.0) -> Wanted | None:
+        """The previous artefact again; None where there is none."""
+        now = self._wanted
+        if now.previous is None:
+            return None
+        folder, artifact_id = now.previous
+        self._change(folder=folder, artifact_id=artifact_id, previous=(now.folder, now.artifact_id), settled=False)
+        return await self._settled(wait_s)
+
+    async def reports(self) -> list[Report]:
+        """Of the replicas that are there, by name."""
+        self._forget()
+        return [self._reports[name] for name in sorted(self._reports)]
+
+    async def wanted(self) -> Wanted:
+        """What is wanted now."""
+        return self._wanted
+
+    def _change(self, **changes: object) -> Wanted:
+        self._wanted = replace(self._wanted, version=self._wanted.version + 1, **changes)  # type: ignore[arg-type]
+        return self._wanted
+
+    async def _settled(self, wait_s: float) -> Wanted:
+        until = time.monotonic() + wait_s
+        aim = self._wanted.version
+        while time.monotonic() < until and self._wanted.version == aim:
+            self._forget()
+            if all(reached >= aim for _, reached in self._reached.values()):
+                break
+            await asyncio.sleep(0.02)
+        if not self._wanted.settled and self._wanted.version == aim:
+            self._change(settled=True)
+        return self._wanted
+
+    def _forget(self) -> None:
+        oldest = time.monotonic() - _SILENT_S
+        for name in [name for name, (seen, _) in self._reached.items() if seen < oldest]:
+            self._reached.pop(name)
+            self._reports.pop(name, None)

@@ -1,0 +1,303 @@
+"""The door: HTTP in front of the replicas. Nothing is computed here, and every refusal is a problem document.
+
+An image takes a place from before its body is read until its answer is made. When all places are taken the answer is
+503 at once. A client that goes away gives its place back: Serve cancels the request here and in the replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import ray.exceptions
+from fastapi import FastAPI
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from raydiff.distributed.serve_api import make_api
+from raydiff.distributed.serve_board import Report, Wanted
+from raydiff.distributed.serve_metrics import DoorMetrics
+from raydiff.distributed.serve_problems import Refusal, of_problem, of_status, over_capacity, problem_response
+from raydiff.distributed.serve_requests import Keys, read_image, read_images, read_json
+from raydiff.distributed.serve_settings import ServeSettings
+from raydiff.errors import RaydiffError
+from raydiff.service import CONTENT_TYPE, ProblemError, ScoredImage
+from raydiff.service.page import HEADERS, page_files
+
+__all__ = ["Door"]
+
+_log = logging.getLogger("ray.serve")
+_PLAIN = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+
+
+class Door:
+    """One process that takes requests; :mod:`raydiff.distributed.serve_app` makes the ingress of it."""
+
+    def __init__(self, settings: dict[str, Any], scorer: Any, board: Any) -> None:
+        self._settings = ServeSettings.model_validate(settings)
+        self._scorer, self._board = scorer, board
+        self._keys = Keys.read(self._settings.api_key_file)
+        self._metrics = DoorMetrics()
+        self._in_progress = 0
+        self._places = self._settings.max_queued + self._settings.max_replicas * self._settings.max_ongoing
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """What Serve sends requests to."""
+        return make_api(self)
+
+    async def score(self, request: Request, explain: bool = False) -> Response:
+        """Score one image: its bytes as the body, as a file of a form, or in base64 in JSON.
+
+        With ``explain`` the answer has boxes, heat map and reconstruction; with ``Accept: image/png`` it is the heat
+        map, and the score is in its headers.
+        """
+
+        async def answer() -> Response:
+            started = time.perf_counter()
+            picture = _prefers_picture(request)
+            async with self._place():
+                data = await self._in_time(read_image(request, self._settings.limits.max_bytes))
+                scored = await self._ask_score(data, explain or picture)
+            if picture:
+                return _heat_map(scored)
+            plain = scored.to_dict()
+            plain["timing_ms"]["total"] = 1000 * (time.perf_counter() - started)
+            return JSONResponse(plain, headers=_PLAIN)
+
+        return await self._answer("score", request, answer)
+
+    async def score_batch(self, request: Request, explain: bool = False) -> Response:
+        """Score the files of a form; one that cannot be scored has its problem, and the others their answers."""
+
+        async def answer() -> Response:
+            settings = self._settings
+            at_once = asyncio.Semaphore(settings.max_batch_size)
+
+            async def one(name: str, data: bytes) -> dict[str, Any]:
+                try:
+                    async with at_once, self._place():
+                        scored = await self._ask_score(data, explain)
+                except Refusal as refusal:
+                    return {"name": name, "answer": None, "problem": refusal.to_dict()}
+                return {"name": name, "answer": scored.to_dict(), "problem": None}
+
+            async with self._place():
+                limit = min(4, settings.max_images) * settings.limits.max_bytes
+                files = await self._in_time(read_images(request, limit, settings.max_images))
+            if not files:
+                raise Refusal("invalid-request", "The form holds no file; send the images as files of it.")
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(name, data)) for name, data in files]
+            return JSONResponse({"results": [task.result() for task in tasks]}, headers=_PLAIN)
+
+        return await self._answer("batch", request, answer)
+
+    async def model(self, request: Request) -> Response:
+        """The artefact that is live: its configuration, calibration, measured quality; and the limits."""
+
+        async def answer() -> Response:
+            found = await self._ask("model")
+            wanted, reports = await self._wanted(), await self._reports()
+            found["previous_artifact_id"] = wanted.previous[1] if wanted.previous else None
+            return JSONResponse(found | {"num_replicas": len(reports)}, headers=_PLAIN)
+
+        return await self._answer("model", request, answer)
+
+    async def threshold(self, request: Request) -> Response:
+        """Another threshold on every replica, by the false-positive rate it is to keep; null: the artefact's own."""
+
+        async def answer() -> Response:
+            value = await read_json(request)
+            if set(value) != {"target_fpr"}:
+                raise Refusal("invalid-request", 'Send {"target_fpr": 0.01} and nothing else.')
+            rate = value["target_fpr"]
+            if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < 1):
+                raise of_problem(
+                    ProblemError("invalid-target-rate", "Give a target rate between 0 and 1, say 0.01; null resets it.")
+                )
+            await self._board.set_rate.remote(rate)
+            return JSONResponse(await self._ask("threshold"), headers=_PLAIN)
+
+        return await self._answer("threshold", request, answer)
+
+    async def drift(self, request: Request) -> Response:
+        """The last scores of all replicas against the calibration's."""
+
+        async def answer() -> Response:
+            scores: dict[str, list[Any]] = {}
+            for report in await self._reports():
+                scores.setdefault(report.artifact_id, []).append(report.scores)
+            return JSONResponse(await self._ask("drift", scores), headers=_PLAIN)
+
+        return await self._answer("drift", request, answer)
+
+    async def roll(self, request: Request) -> Response:
+        """Serve another artefact, without a request being dropped; ``path`` is below the root the service allows."""
+
+        async def answer() -> Response:
+            folder = self._allowed((await read_json(request)).get("path"))
+            found = await self._ask("try_artifact", str(folder))
+            if isinstance(found, RaydiffError):
+                raise Refusal("artifact-unusable", str(found).replace(f"{folder}", "the artefact"))
+            return _rolled(await self._board.roll.remote(str(folder), found))
+
+        return await self._answer("roll", request, answer)
+
+    async def roll_back(self, request: Request) -> Response:
+        """Serve the artefact before this one again; the body is ``{}``."""
+
+        async def answer() -> Response:
+            self._root()
+            await read_json(request)
+            wanted = await self._board.roll_back.remote()
+            if wanted is None:
+                raise of_problem(ProblemError("no-previous-artifact", "No other artefact was live before this one."))
+            return _rolled(wanted)
+
+        return await self._answer("rollback", request, answer)
+
+    async def healthz(self) -> Response:
+        """The door answers."""
+        return PlainTextResponse("ok\n", headers=_PLAIN)
+
+    async def readyz(self) -> Response:
+        """A replica is there to score; with none at least wanted, one would be started."""
+        ready = self._settings.min_replicas == 0 or len(await self._reports()) > 0
+        if ready:
+            return PlainTextResponse("ready\n", headers=_PLAIN)
+        return PlainTextResponse("no replica answers\n", status_code=503, headers=_PLAIN | {"Retry-After": "1"})
+
+    async def metrics(self, request: Request) -> Response:
+        """Prometheus' text format; replicas report once a second."""
+
+        async def answer() -> Response:
+            text = self._metrics.render(self._in_progress, await self._reports())
+            return Response(text, headers=_PLAIN | {"Content-Type": CONTENT_TYPE})
+
+        return await self._answer("metrics", request, answer)
+
+    async def page(self, request: Request) -> Response:
+        """The page, to try it in a browser."""
+        file = page_files().get(request.url.path)
+        if file is None:
+            return problem_response(of_status(404))
+        return Response(file.body, headers=HEADERS | {"Content-Type": file.content_type})
+
+    async def _answer(self, operation: str, request: Request, job: Callable[[], Awaitable[Response]]) -> Response:
+        """What every operation has: the key, the refusals, the counters."""
+        started = time.perf_counter()
+        try:
+            self._keys.check(request)
+            response = await job()
+        except* Refusal as group:
+            response = problem_response(_first(group))
+        except* ClientDisconnect:
+            response = problem_response(Refusal("invalid-request", "The request ended before its body did."))
+        except* Exception as group:
+            _log.error("%s failed", operation, exc_info=group)
+            response = problem_response(Refusal("internal", "The service failed; its log says why. Try again."))
+        self._metrics.answered(operation, response.status_code, time.perf_counter() - started)
+        return response
+
+    @asynccontextmanager
+    async def _place(self) -> AsyncIterator[None]:
+        if self._in_progress >= self._places:
+            raise over_capacity()
+        self._in_progress += 1
+        try:
+            yield
+        finally:
+            self._in_progress -= 1
+
+    async def _in_time(self, reading: Awaitable[Any]) -> Any:
+        try:
+            return await asyncio.wait_for(reading, self._settings.timeout_s)
+        except TimeoutError:
+            raise Refusal("body-timeout", "The body did not arrive in time; send it again, or a smaller one.") from None
+
+    async def _ask_score(self, data: bytes, explain: bool) -> ScoredImage:
+        found = await self._ask("score", data, explain)
+        if isinstance(found, ProblemError):
+            raise of_problem(found)
+        assert isinstance(found, ScoredImage)  # noqa: S101
+        return found
+
+    async def _ask(self, method: str, *arguments: Any) -> Any:
+        """A replica's answer; asked once more when the replica ended meanwhile."""
+        until = time.monotonic() + self._settings.timeout_s
+        for _ in range(2):
+            response = getattr(self._scorer, method).remote(*arguments)
+            try:
+                return await asyncio.wait_for(_result(response), until - time.monotonic())
+            except TimeoutError:
+                response.cancel()
+                raise Refusal(
+                    "timed-out", f"No answer within {self._settings.timeout_s:g} s; try again later.",
+                    headers={"Retry-After": "1"},
+                ) from None  # fmt: skip
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+            except (BackPressureError, DeploymentUnavailableError):
+                raise over_capacity() from None
+            except ray.exceptions.RayActorError:
+                _log.warning("a replica ended during %s", method)
+        raise Refusal("replica-lost", "The image may be what ends it; send it once more.", headers={"Retry-After": "5"})
+
+    async def _reports(self) -> list[Report]:
+        found: list[Report] = await self._board.reports.remote()
+        return found
+
+    async def _wanted(self) -> Wanted:
+        found: Wanted = await self._board.wanted.remote()
+        return found
+
+    def _root(self) -> Path:
+        if self._settings.artifact_root is None:
+            raise Refusal("artifact-not-allowed", "Rolling is off; start the service with --artifact-root.")
+        return Path(self._settings.artifact_root).resolve()
+
+    def _allowed(self, path: object) -> Path:
+        root = self._root()
+        if not isinstance(path, str) or not path or "\0" in path:
+            raise Refusal("invalid-request", 'Send {"path": "..."}, a folder below the root the service allows.')
+        folder = (root / path).resolve()
+        if not folder.is_relative_to(root) or folder == root:
+            raise Refusal("artifact-not-allowed", "The folder is not below the root the service allows; put it there.")
+        return folder
+
+
+async def _result(response: Any) -> Any:
+    return await response
+
+
+def _first(group: BaseExceptionGroup[Refusal]) -> Refusal:
+    found: BaseException = group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    assert isinstance(found, Refusal)  # noqa: S101
+    return found
+
+
+def _prefers_picture(request: Request) -> bool:
+    return request.headers.get("accept", "").partition(",")[0].partition(";")[0].strip().lower() == "image/png"
+
+
+def _heat_map(scored: ScoredImage) -> Response:
+    picture = None if scored.explanation is None else scored.explanation.pictures.heat_map
+    if picture is None:
+        raise Refusal("no-heat-map", "This detector has no heat map; ask for application/json.")
+    said = {name: str(getattr(scored, name)) for name in ("score", "p_value", "threshold", "verdict", "artifact_id")}
+    headers = {f"X-Raydiff-{name.replace('_', '-').title()}": value for name, value in said.items()}
+    return Response(picture, media_type="image/png", headers=_PLAIN | headers)
+
+
+def _rolled(wanted: Wanted) -> Response:
+    previous = wanted.previous[1] if wanted.previous else None
+    return JSONResponse({"artifact_id": wanted.artifact_id, "previous_artifact_id": previous}, headers=_PLAIN)

@@ -1,0 +1,222 @@
+"""The replicas: each holds the artefact, decodes and scores images in batches, and follows the board.
+
+An artefact's folder must be readable at the same path on every machine that a replica may run on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from ray import serve
+
+from raydiff.distributed.serve_board import Report, Wanted
+from raydiff.distributed.serve_settings import ServeSettings
+from raydiff.errors import ArtifactError, RaydiffError
+from raydiff.experiment import artifact_of
+from raydiff.images import to_tensor
+from raydiff.service import ProblemError, ReceivedImage, ScoredImage, ScoringService, measure_drift
+from raydiff.service.artifacts import load_artifact
+
+__all__ = ["ReplicaService", "Scorer"]
+
+_log = logging.getLogger("ray.serve")
+_ASK_S = 2.0
+"""When the board is silent for so long, a replica goes on with what it knows."""
+
+_T = TypeVar("_T")
+
+
+class ReplicaService(ScoringService):
+    """A :class:`ScoringService` that can be examined, and can measure the drift of all replicas' scores."""
+
+    def examine(self) -> tuple[str, float]:
+        """The live artefact's id, and the score it gives a slope of greys; counted nowhere.
+
+        Raises:
+            RaydiffError: the detector does not score.
+        """
+        live = self._roll.lineup.live
+        spec = live.detector.image_spec
+        shape = (1, *spec.image_size, spec.channels)
+        slope = np.linspace(64, 192, num=math.prod(shape)).astype(np.uint8).reshape(shape)
+        return live.artifact_id, float(live.detector.score(to_tensor(slope)).image[0])
+
+    def live_scores(self) -> NDArray[np.float64]:
+        """The live artefact's last scores here."""
+        return self._roll.lineup.live.drift.scores()
+
+    def drift_of(self, scores: NDArray[np.float64]) -> dict[str, Any]:
+        """Drift of these scores, as JSON."""
+        live = self._roll.lineup.live
+        return measure_drift(scores, live.calibration, min_scores=live.drift.min_scores).to_dict()
+
+
+class Scorer:
+    """One replica; :mod:`raydiff.distributed.serve_app` makes a Serve deployment of it."""
+
+    def __init__(self, settings: dict[str, Any], board: Any) -> None:
+        """The artefact is loaded in :meth:`reconfigure`, which Serve calls before the replica counts as ready."""
+        self._settings = ServeSettings.model_validate(settings)
+        self._board = board
+        self._name = str(serve.get_replica_context().replica_id.unique_id)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="score")
+        self._decoders = ThreadPoolExecutor(2, thread_name_prefix="decode")
+        self._service: ReplicaService | None = None
+        self._rolling: asyncio.Task[None] | None = None
+        self._following: asyncio.Task[None] | None = None
+        self._reached = -1
+        self._previous_id: str | None = None
+        self._broken: str | None = None
+        self._last_scored = 0.0
+        self._batch.set_max_batch_size(self._settings.max_batch_size)
+        self._batch.set_batch_wait_timeout_s(self._settings.batch_wait_ms / 1000)
+
+    async def reconfigure(self, epoch: str) -> None:  # noqa: ARG002
+        """Load what is wanted, the first time.
+
+        Raises:
+            ArtifactError, NotCalibratedError, ConfigError: it cannot serve.
+        """
+        if self._service is not None:
+            return
+        self._wanted: Wanted = await self._board.wanted.remote()
+        self._service = await asyncio.to_thread(self._load, self._wanted)
+        self._healthy = dict([await self._work(self._service.examine)])
+        self._reached = self._wanted.version
+        self._following = asyncio.create_task(self._keep_following())
+
+    async def score(self, data: bytes, explain: bool) -> ScoredImage | ProblemError:
+        """What the artefact says about one image, or why it says nothing."""
+        loop = asyncio.get_running_loop()
+        try:
+            received = await loop.run_in_executor(self._decoders, self._live.receive, data)
+        except ProblemError as problem:
+            return problem
+        answer: ScoredImage | ProblemError = await self._batch(received, explain)
+        return answer
+
+    @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.005)  # type: ignore[untyped-decorator]
+    async def _batch(
+        self, received: Sequence[ReceivedImage], explain: Sequence[bool]
+    ) -> list[ScoredImage | ProblemError]:
+        await self._follow()
+        answers = await self._work(lambda: self._live.score(received, explain))
+        self._last_scored = time.monotonic()
+        return answers
+
+    async def model(self) -> dict[str, Any]:
+        """What is public about the artefact."""
+        await self._follow()
+        return await asyncio.to_thread(self._live.model)
+
+    async def threshold(self) -> dict[str, Any]:
+        """The threshold in force."""
+        await self._follow()
+        return await self._work(lambda: self._live.set_target_fpr(self._wanted.target_fpr))
+
+    async def drift(self, scores: dict[str, list[NDArray[np.float64]]]) -> dict[str, Any]:
+        """Drift of the scores that all replicas hold, by artefact."""
+        await self._follow()
+        mine = scores.get(self._live.artifact_id) or [np.empty(0)]
+        return await asyncio.to_thread(self._live.drift_of, np.concatenate(mine))
+
+    async def try_artifact(self, folder: str) -> str | RaydiffError:
+        """Load and warm up an artefact without serving it: its id, or why it cannot be served."""
+        try:
+            loaded = await asyncio.to_thread(
+                load_artifact, folder, device=self._settings.device, max_batch=self._settings.max_batch_size
+            )
+        except RaydiffError as error:
+            return error
+        return loaded.artifact_id
+
+    async def check_health(self) -> None:
+        """Raises when the detector no longer scores as it did at the start, or could not follow a roll."""
+        if self._service is None:
+            return
+        if self._broken is not None:
+            raise ArtifactError(self._broken)
+        if time.monotonic() - self._last_scored < 5.0:
+            return
+        artifact_id, score = await self._work(self._live.examine)
+        expected = self._healthy.setdefault(artifact_id, score)
+        if score != expected:
+            raise ArtifactError(f"a stored image scored {expected} and now {score}; the replica is replaced")
+
+    @property
+    def _live(self) -> ReplicaService:
+        assert self._service is not None  # noqa: S101
+        return self._service
+
+    def _load(self, wanted: Wanted) -> ReplicaService:
+        settings = self._settings
+        service = ReplicaService(
+            artifact_of(wanted.folder),
+            device=settings.device,
+            max_batch=settings.max_batch_size,
+            limits=settings.limits,
+        )
+        if service.artifact_id != wanted.artifact_id:
+            raise ArtifactError(f"{wanted.folder}: is another artefact than was rolled to; roll to it again")
+        service.set_target_fpr(wanted.target_fpr)
+        if settings.shadow is not None:
+            service.set_shadow(artifact_of(settings.shadow), settings.shadow_share)
+        return service
+
+    async def _work(self, job: Callable[[], _T]) -> _T:
+        """In the one thread that scores."""
+        return await asyncio.get_running_loop().run_in_executor(self._worker, job)
+
+    async def _keep_following(self) -> None:
+        while True:
+            with suppress(Exception):
+                report = Report(self._name, self._live.artifact_id, self._live.metrics(), self._live.live_scores())
+                await self._follow(report)
+            await asyncio.sleep(1.0)
+
+    async def _follow(self, report: Report | None = None) -> None:
+        """Ask the board, and do what it says."""
+        try:
+            wanted: Wanted = await asyncio.wait_for(
+                self._board.follow.remote(self._name, self._wanted, self._reached, report), _ASK_S
+            )
+        except Exception as error:
+            _log.warning("the board does not answer (%s); going on as before", type(error).__name__)
+            return
+        if wanted.version > self._wanted.version or wanted.epoch != self._wanted.epoch:
+            rate_changed = wanted.target_fpr != self._wanted.target_fpr
+            self._wanted = wanted
+            if rate_changed:
+                await self._work(lambda: self._live.set_target_fpr(wanted.target_fpr))
+        while self._live.artifact_id != self._wanted.artifact_id and self._broken is None:
+            if self._rolling is None:
+                self._rolling = asyncio.create_task(self._roll(self._wanted))
+            if not self._wanted.settled:
+                return
+            await asyncio.shield(self._rolling)
+        self._reached = self._wanted.version
+
+    async def _roll(self, wanted: Wanted) -> None:
+        before = self._live.artifact_id
+        try:
+            if wanted.artifact_id == self._previous_id:
+                await asyncio.to_thread(self._live.roll_back)
+            else:
+                await asyncio.to_thread(self._live.roll, artifact_of(wanted.folder))
+            if self._live.artifact_id != wanted.artifact_id:
+                raise ArtifactError("the folder holds another artefact than was rolled to")
+            self._previous_id = before
+        except RaydiffError as error:
+            self._broken = f"cannot follow a roll: {error}"
+            _log.error("cannot follow a roll: %s", error)
+        finally:
+            self._rolling = None

@@ -1,0 +1,83 @@
+"""What an endpoint is started with: one frozen model, the arguments of the Serve application and of its config file."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from raydiff.errors import ConfigError
+from raydiff.service import Limits
+
+__all__ = ["ServeSettings"]
+
+
+class ServeSettings(BaseModel):
+    """How an artefact is served. Every path is that of the machines the replicas run on.
+
+    ``artifact_root`` allows rolling to artefacts below it by HTTP. A replica takes up to ``max_ongoing`` images at a
+    time, and ``max_queued`` more wait for a place; what comes then is refused.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    artifact: str
+    device: Literal["cpu", "cuda"] = "cpu"
+    min_replicas: int = Field(1, ge=0)
+    max_replicas: int = Field(1, ge=1)
+    target_ongoing: float = Field(8.0, gt=0)
+    max_queued: int = Field(64, ge=1)
+    max_batch_size: int = Field(8, ge=1, le=1024)
+    batch_wait_ms: float = Field(5.0, ge=0)
+    num_cpus: float = Field(1.0, ge=0)
+    num_gpus: float = Field(0.0, ge=0)
+    timeout_s: float = Field(30.0, gt=0)
+    max_mb: float = Field(32.0, gt=0)
+    max_pixels: int = Field(64_000_000, ge=1)
+    max_images: int = Field(64, ge=1)
+    api_key_file: str | None = None
+    artifact_root: str | None = None
+    shadow: str | None = None
+    shadow_share: float = Field(0.1, gt=0, le=1)
+    upscale_delay_s: float = Field(5.0, ge=0)
+    downscale_delay_s: float = Field(60.0, ge=0)
+
+    @model_validator(mode="after")
+    def _replicas_agree(self) -> ServeSettings:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas is {self.min_replicas}, more than max_replicas ({self.max_replicas})")
+        return self
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> ServeSettings:
+        """From plain values; paths are made absolute.
+
+        Raises:
+            ConfigError: a value cannot be used; names it.
+        """
+        paths = ("artifact", "api_key_file", "artifact_root", "shadow")
+        made = {name: str(Path(value).expanduser().absolute()) if name in paths and value else value
+                for name, value in values.items()}  # fmt: skip
+        try:
+            return cls.model_validate(made)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "settings"
+            raise ConfigError(f"{where}: {first['msg']}; see raydiff serve --help") from error
+
+    @property
+    def max_ongoing(self) -> int:
+        """Images in one replica: a batch being scored and the next one being decoded."""
+        return 2 * self.max_batch_size
+
+    @property
+    def limits(self) -> Limits:
+        """What one image may cost."""
+        return Limits(int(self.max_mb * 1_000_000), self.max_pixels)
+
+    @property
+    def digest(self) -> str:
+        """Of all settings, hex: two applications that differ never take over each other's state."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
