@@ -1,171 +1,29 @@
-"""The page in a real headless Chromium, driven over the DevTools pipe, in front of a real service of a tiny detector.
-
-Without ``chromium`` (or what RAYDIFF_CHROMIUM names) the tests of the browser are skipped, and the summary says so.
-https://chromedevtools.github.io/devtools-protocol/
-"""
+"""The page in a real headless Chromium (see conftest.py), in front of a real service of a tiny detector."""
 
 from __future__ import annotations
 
 import base64
-import fcntl
 import hmac
 import json
-import os
 import re
-import select
-import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
-import torch
 from PIL import Image
 from torch import Tensor
 
 from raydiff.images import to_uint8
-from raydiff.service import ProblemError, ScoringService
+from raydiff.service import ProblemError, ScoredImage, ScoringService
 from raydiff.service.page import HEADERS, page_files
 from raydiff.testing import planted_defect
 
-CHROMIUM = os.environ.get("RAYDIFF_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: THE PAGE WAS NOT TRIED in a browser")
-WAIT_S = 30.0
-
-
-# --- a browser --------------------------------------------------------------------------------------------------------
-
-_LAUNCH = """import os, sys
-for fd, source in ((3, int(sys.argv[1])), (4, int(sys.argv[2]))):
-    os.dup2(source, fd)
-os.execv(sys.argv[3], sys.argv[3:])"""
-_FLAGS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions",
-    "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream", "--remote-debugging-pipe",
-)  # fmt: skip
-
-
-class Browser:
-    """Chromium with one page; commands over file descriptors 3 and 4, JSON ended by NUL, so no port is opened."""
-
-    def __init__(self, folder: Path) -> None:
-        theirs_in, self._out = os.pipe()
-        self._in, theirs_out = os.pipe()
-        handed = [fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in (theirs_in, theirs_out)]
-        command = [sys.executable, "-c", _LAUNCH, *map(str, handed), str(CHROMIUM), *_FLAGS]
-        self._process = subprocess.Popen(
-            [*command, f"--user-data-dir={folder}", "about:blank"],
-            pass_fds=handed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        for fd in (theirs_in, theirs_out, *handed):
-            os.close(fd)
-        self._read, self._number, self._session = b"", 0, None
-        self.events: list[dict[str, Any]] = []
-
-    def close(self) -> None:
-        try:
-            self.send("Browser.close")
-        finally:
-            os.close(self._out)
-            os.close(self._in)
-            try:
-                self._process.wait(10)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-
-    def attach(self) -> None:
-        targets = self.send("Target.getTargets")["targetInfos"]
-        target = next(target for target in targets if target["type"] == "page")["targetId"]
-        self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Network", "Log", "DOM"):
-            self.send(f"{domain}.enable")
-
-    def send(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """One command and its result; events that come meanwhile are kept."""
-        self._number += 1
-        message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
-        if self._session is not None:
-            message["sessionId"] = self._session
-        os.write(self._out, json.dumps(message).encode() + b"\0")
-        deadline = time.monotonic() + WAIT_S
-        while True:
-            answer = self._next(deadline)
-            if answer.get("id") == self._number:
-                assert "error" not in answer, f"{method}: {answer['error']}"
-                return dict(answer["result"])
-
-    def run(self, script: str) -> Any:
-        """The value of an expression in the page, awaited."""
-        found = self.send(
-            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True, userGesture=True
-        )
-        assert "exceptionDetails" not in found, found["exceptionDetails"]
-        return found["result"].get("value")
-
-    def until(self, script: str) -> Any:
-        """Wait until an expression is true."""
-        deadline = time.monotonic() + WAIT_S
-        while not (value := self.run(script)):
-            assert time.monotonic() < deadline, f"never true: {script}\n{self.text()}"
-            time.sleep(0.03)
-        return value
-
-    def text(self, selector: str = "main") -> str:
-        return str(self.run(f"document.querySelector({json.dumps(selector)})?.innerText ?? ''"))
-
-    def event(self, method: str) -> dict[str, Any]:
-        """Wait for an event; returns what it carries."""
-        deadline = time.monotonic() + WAIT_S
-        while not (found := [event for event in self.events if event["method"] == method]):
-            self._next(deadline)
-        return dict(found[-1]["params"])
-
-    def press(self, key: str, code: int, text: str = "") -> None:
-        event = {"key": key, "code": key, "windowsVirtualKeyCode": code}
-        self.send("Input.dispatchKeyEvent", type="keyDown", **event, **({"text": text} if text else {}))
-        self.send("Input.dispatchKeyEvent", type="keyUp", **event)
-
-    def tab_to(self, selector: str) -> None:
-        for _ in range(60):
-            if self.run(f"document.activeElement.matches({json.dumps(selector)})"):
-                return
-            self.press("Tab", 9)
-        raise AssertionError(f"the Tab key never reaches {selector}")
-
-    def choose(self, *paths: Path, selector: str = "#files") -> None:
-        root = self.send("DOM.getDocument")["root"]["nodeId"]
-        node = self.send("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
-        self.send("DOM.setFileInputFiles", nodeId=node, files=[str(path) for path in paths])
-
-    def resize(self, width: int, height: int = 900) -> None:
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-
-    def picture(self, path: Path) -> None:
-        """The whole page as PNG, to be looked at."""
-        shot = self.send("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(shot["data"]))
-
-    def _next(self, deadline: float) -> dict[str, Any]:
-        while b"\0" not in self._read:
-            ready, _, _ = select.select([self._in], [], [], max(deadline - time.monotonic(), 0))
-            assert ready, "the browser does not answer"
-            part = os.read(self._in, 1 << 16)
-            assert part, "the browser has ended"
-            self._read += part
-        line, _, self._read = self._read.partition(b"\0")
-        message: dict[str, Any] = json.loads(line)
-        if "method" in message:
-            self.events.append(message)
-        return message
-
+if TYPE_CHECKING:
+    from tests.service.conftest import Browser
 
 # --- a service behind the page ----------------------------------------------------------------------------------------
 
@@ -183,10 +41,10 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, *args: Any) -> None:
         pass
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         service = self.server.service
         found = page_files().get(urlsplit(self.path).path)
         if found is not None:
@@ -194,7 +52,7 @@ class Handler(BaseHTTPRequestHandler):
         answers = {"/v1/model": service.model, "/v1/drift": lambda: service.drift().to_dict()}
         return self._api(answers[self.path])
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         assert self.path == "/v1/score?explain=true"
         body = self._body()
         if self.server.refusals:
@@ -203,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
             return self._answer(503, json.dumps(full).encode(), "application/problem+json", {"Retry-After": "0.2"})
         return self._api(lambda: self._score(body))
 
-    def do_PUT(self) -> None:  # noqa: N802
+    def do_PUT(self) -> None:
         assert self.path == "/v1/threshold"
         body = self._body()
         return self._api(lambda: self.server.service.set_target_fpr(json.loads(body)["target_fpr"]))
@@ -248,14 +106,6 @@ def server(run_dir: Path) -> Iterator[Server]:
     made.service.close()
 
 
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    made = Browser(tmp_path_factory.mktemp("profile"))
-    made.attach()
-    yield made
-    made.close()
-
-
 @pytest.fixture
 def page(chromium: Browser, server: Server) -> Iterator[Browser]:
     """The page, freshly loaded; afterwards: nothing went wrong in it, and it asked nobody but its server."""
@@ -284,13 +134,21 @@ def is_trouble(event: dict[str, Any]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def files(digit_images: Tensor, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A digit, a broken digit as TIFF and PNG, wider than high, and something that is no image."""
+def files(server: Server, digit_images: Tensor, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The plainest digit; the most broken one, wider than high, as PNG and TIFF; and something that is no image."""
     folder = tmp_path_factory.mktemp("images")
-    plain, broken = to_uint8(digit_images[:1])[0, :, :, 0], to_uint8(planted_defect(digit_images[:1])[0])[0, :, :, 0]
-    Image.fromarray(plain).save(folder / "plain.png")
-    Image.fromarray(broken).resize((48, 32)).save(folder / "broken.png")
-    Image.fromarray(broken).resize((48, 32)).save(folder / "broken.tiff")
+    digits, broken = (
+        [Image.fromarray(pixels[:, :, 0]).resize((48, 32)) for pixels in to_uint8(images)]
+        for images in (digit_images, planted_defect(digit_images)[0])
+    )
+    by_score = {}
+    for image in digits + broken:
+        image.save(folder / "one.png")
+        by_score[scored(server, folder / "one.png").score] = image
+    (folder / "one.png").unlink()
+    by_score[min(by_score)].save(folder / "plain.png")
+    by_score[max(by_score)].save(folder / "broken.png")
+    by_score[max(by_score)].save(folder / "broken.tiff")
     (folder / "notes.png").write_bytes(b"These are no pixels.")
     return {path.name: path for path in folder.iterdir()}
 
@@ -314,23 +172,150 @@ def test_every_file_that_is_named_is_there_and_none_is_elsewhere() -> None:
 # --- in the browser ---------------------------------------------------------------------------------------------------
 
 
-@needs_browser
 def test_a_chosen_image_gets_the_services_verdict_with_its_reasons(
     page: Browser, server: Server, files: dict[str, Path]
 ) -> None:
     page.choose(files["broken.png"])
     page.until("document.querySelector('.verdict.anomalous') !== null")
-    answer = server.service.score([server.service.receive(files["broken.png"].read_bytes())], explain=True)[0]
-    assert not isinstance(answer, ProblemError)
+    answer = scored(server, files["broken.png"])
     assert answer.explanation is not None
     shown = page.text("#result")
     assert page.text(".verdict .word") == "Anomalous"
     assert f"Score {answer.score:.4g}, above the threshold of {answer.threshold:.4g}." in shown
+    assert "None of the 30 normal images of the calibration scored as high (p = 0.032)." in shown
     assert server.service.artifact_id in shown
     assert "48 × 32" in shown
+    assert page.text("#said").startswith("broken.png: Anomalous. Score")
+    assert f"threshold {answer.threshold:.4g}" in page.run("document.querySelector('.histogram').textContent")
+    left_to_right = (
+        "[...document.querySelectorAll('.histogram :is(.threshold, .score)')].map(e => e.getAttribute('x1'))"
+    )
+    assert page.run(f"(([cut, score]) => Number(cut) < Number(score))({left_to_right})")
     assert page.run("document.querySelectorAll('.boxes .box:not(.under)').length") == len(answer.explanation.boxes) > 0
-    assert page.until("[...document.querySelectorAll('.stage img')].filter(i => i.naturalWidth > 0).length === 3")
+    page.until("[...document.querySelectorAll('.stage img')].filter(i => i.naturalWidth > 0).length === 3")
     stage = page.run("(({width, height}) => width / height)(document.querySelector('.stage').getBoundingClientRect())")
     assert stage == pytest.approx(48 / 32, rel=0.01)
-    assert "anomalous, above" not in page.text("#said")
-    assert page.text("#said").startswith("broken.png: Anomalous. Score")
+
+
+def test_everything_is_reached_and_done_by_keyboard(page: Browser, server: Server, files: dict[str, Path]) -> None:
+    page.send("Page.setInterceptFileChooserDialog", enabled=True)
+    page.tab_to("#files")
+    assert page.run("getComputedStyle(document.querySelector('label:has(#files)')).outlineStyle") == "solid"
+    page.press("Enter", 13, "\r")
+    chooser = page.event("Page.fileChooserOpened")
+    page.send("Page.setInterceptFileChooserDialog", enabled=False)
+    chosen = [str(files[name]) for name in ("broken.png", "plain.png")]
+    page.send("DOM.setFileInputFiles", backendNodeId=chooser["backendNodeId"], files=chosen)
+    page.until("document.querySelector('.verdict.anomalous') !== null")
+    page.tab_to("#opacity")
+    for expected in (0.85, 0.9):
+        page.press("ArrowRight", 39)
+        assert page.run("document.querySelector('.layer').style.opacity") == str(expected)
+    page.tab_to("#show-boxes")
+    page.press(" ", 32, " ")
+    assert page.run("document.querySelector('.boxes').checkVisibility()") is False
+    page.until("document.querySelectorAll('#list .sign.waiting').length === 0")
+    page.tab_to("#list li:nth-child(2) button")
+    page.press("Enter", 13, "\r")
+    assert page.text(".verdict .word") == "Normal"
+    assert page.run("document.querySelector('#list [aria-current] .name').textContent") == "plain.png"
+    assert page.run("document.querySelector('.layer').style.opacity") == "0.9"
+    page.tab_to("#rate")
+    page.run("document.activeElement.select()")
+    page.send("Input.insertText", text="40")
+    page.press("Enter", 13, "\r")
+    page.until("document.querySelector('#rate-said').textContent.startsWith('The threshold is now')")
+    assert server.service.model()["calibration"]["threshold"]["target_fpr"] == 0.4
+    page.tab_to("#rate-own")
+    page.press("Enter", 13, "\r")
+    page.until("document.querySelector('#rate').value === '5'")
+
+
+def test_what_is_refused_says_why_and_what_to_do(page: Browser, server: Server, files: dict[str, Path]) -> None:
+    page.choose(files["notes.png"])
+    page.until("document.querySelector('.verdict.refused') !== null")
+    assert "send one of these" in page.text(".verdict")
+    assert "send one of these" in page.text("#said")
+    page.run("document.querySelector('#rate').value = 250; document.querySelector('#rate-form').requestSubmit()")
+    page.until("document.querySelector('#rate-said').textContent.includes('between 0 and 1')")
+    server.refusals = 1  # full for once: the page waits as long as it is told
+    page.choose(files["plain.png"])
+    page.until("document.querySelector('.verdict.normal') !== null")
+    assert server.refusals == 0
+
+
+def test_a_format_the_browser_does_not_know_is_shown_by_the_service(page: Browser, files: dict[str, Path]) -> None:
+    page.choose(files["broken.tiff"])
+    page.until("document.querySelector('.base')?.naturalWidth > 0")
+    assert page.run("document.querySelector('.base').src").startswith("data:image/png")
+    assert "cannot show this format" in page.text("figcaption")
+    assert "TIFF, 48 × 32" in page.text("#result")
+
+
+def test_images_can_be_dropped_pasted_and_taken(page: Browser, files: dict[str, Path]) -> None:
+    encoded = base64.b64encode(files["plain.png"].read_bytes()).decode()
+    given = f"""const bytes = Uint8Array.from(atob("{encoded}"), (c) => c.charCodeAt(0));
+        const data = new DataTransfer(); data.items.add(new File([bytes], name, {{type: "image/png"}}));"""
+    page.run(f"""{{ const name = "dropped.png"; {given} document.querySelector("h1").dispatchEvent(
+        new DragEvent("drop", {{dataTransfer: data, bubbles: true, cancelable: true}})) }}""")
+    page.run(f"""{{ const name = "pasted.png"; {given} document.body.dispatchEvent(
+        new ClipboardEvent("paste", {{clipboardData: data, bubbles: true}})) }}""")
+    page.run("document.querySelector('#camera-open').click()")
+    page.until("document.querySelector('#video').videoWidth > 0")
+    page.run("document.querySelector('#camera-take').click()")
+    page.until("document.querySelectorAll('#list :is(.sign.normal, .sign.anomalous)').length === 3")
+    names = page.run("[...document.querySelectorAll('#list .name')].map((e) => e.textContent)")
+    assert names[0].startswith("camera ")
+    assert names[1:] == ["pasted.png", "dropped.png"]
+    assert page.run("document.querySelector('#video').srcObject === null")
+
+
+def test_a_key_is_asked_for_and_lives_in_memory_only(page: Browser, server: Server, files: dict[str, Path]) -> None:
+    server.key = "correct horse"
+    page.choose(files["plain.png"])
+    page.until("document.querySelector('.verdict.refused') !== null")
+    assert page.text(".verdict .word") == "An API key is needed"
+    page.until("document.activeElement.id === 'key'")
+    page.send("Input.insertText", text="correct horse")
+    page.press("Enter", 13, "\r")
+    page.run("document.querySelector('#shown button').click()")
+    page.until("document.querySelector('.verdict.normal') !== null")
+    kept = page.run("JSON.stringify([localStorage, sessionStorage, document.cookie, location.href])")
+    assert "horse" not in kept
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone_and_can_be_read(page: Browser, files: dict[str, Path], scheme: str) -> None:
+    page.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    page.resize(360)
+    page.choose(files["broken.png"], files["notes.png"])
+    page.until("document.querySelectorAll('#list .sign:not(.waiting)').length === 2")
+    assert page.run("document.documentElement.scrollWidth") <= 360
+    assert page.run(SMALL) == []
+    assert page.run(FAINT) == []
+
+
+SMALL = """[...document.querySelectorAll("button, .button")].filter((e) => e.checkVisibility())
+    .filter((e) => e.getBoundingClientRect().height < 44).map((e) => e.textContent)"""
+FAINT = """(() => {
+  const linear = (v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const light = (css) => css.match(/[\\d.]+/g).slice(0, 3).map((v) => linear(v / 255))
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = (element) => {
+    const found = element === null ? "rgb(255, 255, 255)" : getComputedStyle(element).backgroundColor;
+    return found.endsWith(", 0)") ? behind(element.parentElement) : found;
+  };
+  const written = [...document.querySelectorAll("body *")].filter((e) => e.checkVisibility() && !e.closest("svg")
+    && [...e.childNodes].some((node) => node.nodeType === 3 && node.data.trim()));
+  return written.filter((e) => {
+    const [a, b] = [light(getComputedStyle(e).color), light(behind(e))].sort((x, y) => y - x);
+    return (a + 0.05) / (b + 0.05) < 4.5;
+  }).map((e) => e.textContent);
+})()"""
+"""Buttons too small for a thumb, and text with a contrast below 4.5 to 1 (WCAG 2.2, 1.4.3)."""
+
+
+def scored(server: Server, path: Path) -> ScoredImage:
+    answer = server.service.score([server.service.receive(path.read_bytes())], explain=True)[0]
+    assert isinstance(answer, ScoredImage)
+    return answer

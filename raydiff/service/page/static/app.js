@@ -8,10 +8,12 @@ import { Requests } from "./requests.js";
 import { histogramFigure, resultView } from "./result.js";
 import { comparison, latencySentence, verdictWord } from "./words.js";
 
-const DRIFT_EVERY_MS = 15_000;
+const LOOK_EVERY_MS = 10_000;
+const LOOK_FOR_MS = 120_000; // after the last image: a page left open must not keep replicas awake
 
 let model = null;
 let selected = null;
+let answeredAt = -Infinity;
 
 const requests = new Requests(byId("list"), { modelFor, onchange, onselect: show });
 
@@ -56,11 +58,20 @@ function onchange(request) {
   byId("said").textContent = `${name}: ${finding}`;
   if (requests.trips.length) byId("latency").textContent = latencySentence(requests.trips);
   if (problem?.status === 401) byId("key").focus();
+  answeredAt = performance.now();
   refreshDrift();
 }
 
+/** What may change without the page: drift, the artefact, the number of replicas. */
+function look() {
+  if (document.visibilityState !== "visible" || performance.now() - answeredAt > LOOK_FOR_MS) return;
+  refreshDrift();
+  refreshModel().catch((problem) => complain(problem.title, problem.detail));
+}
+
 function sayBusy() {
-  const waiting = requests.all.filter((request) => request.state === "waiting").length;
+  const waiting = requests.numWaiting;
+  byId("busy").hidden = waiting === 0;
   byId("busy").textContent = waiting ? `${waiting} ${waiting === 1 ? "image is" : "images are"} being scored.` : "";
 }
 
@@ -77,7 +88,5 @@ async function begin() {
 watchIntake(take, complain);
 watchRate(refreshModel);
 watchKey(begin);
-setInterval(() => {
-  if (document.visibilityState === "visible" && model !== null) refreshDrift();
-}, DRIFT_EVERY_MS);
+setInterval(look, LOOK_EVERY_MS);
 begin();

@@ -1,9 +1,9 @@
 /** The live model, its target rate, and drift. */
 
 import * as api from "./api.js";
-import { byId, make } from "./dom.js";
+import { byId, make, sign } from "./dom.js";
 import { facts } from "./result.js";
-import { driftSentence, number, percent, whole } from "./words.js";
+import { driftSentence, driftSign, number, percent, whole } from "./words.js";
 
 /** Facts of the model, and the rate in force in its field unless somebody is typing there. */
 export function showModel(model) {
@@ -16,18 +16,20 @@ export function showModel(model) {
     ["Takes", `${image.width} × ${image.height}, ${image.channels === 1 ? "grey" : "RGB"}; others are fitted (${image.resize})`],
     ["Threshold", `${number(calibration.threshold.value)}: ${calibration.rule}`],
     ...measured(model.metrics),
+    ...(model.num_replicas === undefined ? [] : [["Replicas", `${model.num_replicas}`]]),
   ]));
   const field = byId("rate");
   if (document.activeElement !== field) field.value = shown(calibration.threshold.target_fpr);
   byId("rate-own").textContent = `Default (${percent(calibration.own_target_fpr)})`;
-  byId("rate-own").value = calibration.own_target_fpr;
 }
 
 /** Ask for drift and say it; what goes wrong is said in its place. */
 export async function refreshDrift() {
   const place = byId("drift-sentence");
   try {
-    place.textContent = driftSentence(await api.drift());
+    const drift = await api.drift();
+    const kind = driftSign(drift);
+    place.replaceChildren(...(kind === "waiting" ? [] : [sign(kind)]), driftSentence(drift));
   } catch (problem) {
     place.textContent = `Not known: ${problem.detail}`;
   }
@@ -50,7 +52,7 @@ export function watchRate(changed) {
     event.preventDefault();
     set(Number(byId("rate").value) / 100);
   });
-  byId("rate-own").addEventListener("click", () => set(Number(byId("rate-own").value)));
+  byId("rate-own").addEventListener("click", () => set(null));
 }
 
 /** The field of the API key; `changed()` after another is in use. */
@@ -65,18 +67,20 @@ export function watchKey(changed) {
 
 const shown = (share) => Number((100 * share).toPrecision(6));
 
-function trainingData(model) {
-  const name = model.config?.data?.dataset ?? model.config?.data?.name ?? null;
-  const digest = model.training_data_digest;
-  if (digest === null) return name ?? "not recorded";
-  return make("span", {}, name === null ? "" : `${name}, `, make("code", {}, digest.slice(0, 16)));
+function trainingData({ config, provenance, training_data_digest: digest }) {
+  const classes = provenance.normal_classes ?? [];
+  const count = provenance.num_train_images;
+  const about = [config.data.dataset.name];
+  if (classes.length) about.push(`normal: ${classes.join(", ")}`);
+  if (count) about.push(`${whole(count)} images`);
+  return make("span", {}, about.join("; "), digest === null ? null : "; digest ",
+    digest === null ? null : make("code", {}, digest.slice(0, 16)));
 }
 
-function measured(metrics) {
-  if (!metrics) return [];
-  const auroc = metrics.metrics?.auroc;
-  const value = typeof auroc === "number" ? auroc : auroc?.value;
-  if (typeof value !== "number") return [];
-  const images = `${whole(metrics.num_normal)} normal and ${whole(metrics.num_anomalous)} anomalous images`;
-  return [["Measured", `AUROC ${number(value)} on ${images} of ${metrics.dataset}`]];
+function measured(row) {
+  const auroc = row?.metrics?.auroc;
+  if (!auroc) return [];
+  const images = `${whole(row.num_normal)} normal and ${whole(row.num_anomalous)} anomalous test images`;
+  const interval = auroc.low === null ? "" : ` (${number(auroc.low)} to ${number(auroc.high)})`;
+  return [["Measured", `AUROC ${number(auroc.value)}${interval} on ${images}`]];
 }

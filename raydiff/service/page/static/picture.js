@@ -15,7 +15,7 @@ export function pictures(answer, url) {
   const caption = make("figcaption", {}, layer === null ? "The image." : "The image under its heat map.");
   const stage = make("div", { class: "stage" }, image, layer, boxes);
   image.addEventListener("error", () => cannotShow(image, layer, shots, caption), { once: true });
-  for (const frame of [stage]) shape(frame, answer);
+  shape(stage, answer);
   const parts = [make("figure", {}, stage, caption)];
   if (shots.reconstruction !== null) parts.push(reconstruction(answer));
   return make("div", { class: "explained" },
@@ -38,7 +38,7 @@ function reconstruction(answer) {
   const rebuilt = png(answer.explanation.pictures.reconstruction);
   const frame = make("div", { class: "stage" }, make("img", { class: "base", src: rebuilt, alt: "The reconstruction" }));
   shape(frame, answer);
-  return make("figure", {}, frame, make("figcaption", {}, "What the detector makes of it: the nearest normal image."));
+  return make("figure", {}, frame, make("figcaption", {}, "The reconstruction: how the detector would expect it."));
 }
 
 /** Browsers show no TIFF, say: then the service's own picture, whose heat map cannot be taken off. */

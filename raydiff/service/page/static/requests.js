@@ -19,7 +19,7 @@ export class Requests {
 
   /** Line up images; the request of the first. */
   add(files) {
-    const made = [...files].map((file) => this.#make(file));
+    const made = [...files].reverse().map((file) => this.#make(file)).reverse(); // the first on top
     this.queue.push(...made);
     this.#forget();
     this.#next();
@@ -44,7 +44,7 @@ export class Requests {
   }
 
   get numWaiting() {
-    return this.queue.length + this.running;
+    return this.all.filter((request) => request.state === "waiting").length;
   }
 
   get trips() {

@@ -16,9 +16,9 @@ export const whole = (value) => WHOLE.format(value);
 /** A share as a percentage. */
 export const percent = (share) => `${SHORT.format(100 * share)} %`;
 
-/** Milliseconds, or seconds from 10 on. */
+/** Milliseconds, or seconds from 1 on. */
 export function duration(ms) {
-  return ms >= 10_000 ? `${SHORT.format(ms / 1000)} s` : `${ms < 9.95 ? SHORT.format(ms) : WHOLE.format(ms)} ms`;
+  return ms >= 1000 ? `${(ms / 1000).toFixed(1)} s` : `${ms < 9.95 ? SHORT.format(ms) : WHOLE.format(ms)} ms`;
 }
 
 /** The verdict as a word. */
@@ -55,18 +55,23 @@ export function driftSentence(drift) {
   const finding = {
     "stable": "are spread like the calibration's",
     "moderate shift": "have moved somewhat away from the calibration's",
-    "major shift": "have moved far away from the calibration's: look at the images, and calibrate anew if they are normal",
+    "major shift": "have moved far away from the calibration's; see what changed, or calibrate anew",
   }[drift.claim];
   return `The last ${live} scores ${finding} (stability index ${SHORT.format(drift.psi)}, by chance up to `
     + `${SHORT.format(drift.psi_by_chance)}). Flagged: ${percent(drift.share_flagged)} (95 % interval ${percent(low)} to `
     + `${percent(high)}); the target is ${percent(drift.target_fpr)} of normal images.`;
 }
 
+/** Whether drift calls for a look: a kind of sign. */
+export const driftSign = ({ claim }) => ({ "stable": "normal", "moderate shift": "anomalous", "major shift": "anomalous" })[claim] ?? "waiting";
+
 /** Where the time of one request went. */
 export function timingSentence(answer, tripMs) {
-  const parts = Object.entries(answer.timing_ms).map(([stage, ms]) => `${stage} ${duration(ms)}`);
-  const batch = answer.batch_size > 1 ? ` in a batch of ${answer.batch_size}` : "";
-  return `${duration(tripMs)} there and back: ${parts.join(", ")}${batch}.`;
+  const { total, ...stages } = answer.timing_ms;
+  const parts = Object.entries(stages).map(([stage, ms]) => `${stage} ${duration(ms)}`);
+  const inside = total === undefined ? "" : `, ${duration(total)} of it in the service`;
+  const batch = answer.batch_size > 1 ? `; in a batch of ${answer.batch_size} images` : "";
+  return `${duration(tripMs)} there and back${inside}: ${parts.join(", ")}${batch}.`;
 }
 
 /** The page's own view of latency: the median and the slowest of these round trips. */
