@@ -18,7 +18,6 @@ __all__ = ["serve"]
 @click.argument("artefact", type=Folder())
 @click.option("--host", default="127.0.0.1", show_default=True, help="Another one lets other machines in.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
-@click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
 @click.option("--min-replicas", default=1, show_default=True, help="0: none while nothing is asked.")
 @click.option("--max-replicas", default=1, show_default=True, help="Replicas are added while requests wait.")
 @click.option("--target-ongoing", default=8.0, show_default=True, help="Requests per replica to scale towards.")
@@ -26,7 +25,9 @@ __all__ = ["serve"]
 @click.option("--max-batch-size", default=8, show_default=True, help="Images scored in one call.")
 @click.option("--batch-wait-ms", default=5.0, show_default=True, help="How long a batch waits to be full.")
 @click.option("--num-cpus", default=1.0, show_default=True, help="CPUs of a replica; fractions too.")
-@click.option("--num-gpus", default=0.0, show_default=True, help="GPUs of a replica; fractions too.")
+@click.option(
+    "--num-gpus", default=0.0, show_default=True, help="GPUs of a replica; 0 scores on the CPU."
+)
 @click.option("--timeout-s", default=30.0, show_default=True, help="An answer takes no longer.")
 @click.option("--max-mb", default=32.0, show_default=True, help="Megabytes of an image.")
 @click.option("--max-pixels", default=64_000_000, show_default=True, help="Pixels of an image.")

@@ -56,11 +56,10 @@ def check(settings: ServeSettings, host: str, port: int) -> str:
         ConfigError: a setting cannot be used, there is no such device, or the port is taken.
         StorageError: a file cannot be read.
     """
-    for folder in (settings.artifact, settings.shadow):
-        if folder is not None:
-            loaded = load_artifact(folder, device=settings.device, max_batch=1)
-            if folder == settings.artifact:
-                artifact_id = loaded.artifact_id
+    device = "cpu" if os.environ.get("RAY_ADDRESS") else settings.device  # a cluster's GPUs are elsewhere
+    artifact_id = load_artifact(settings.artifact, device=device, max_batch=1).artifact_id
+    if settings.shadow is not None:
+        load_artifact(settings.shadow, device=device, max_batch=1)
     Keys.read(settings.api_key_file)
     if settings.artifact_root is not None and not Path(settings.artifact_root).is_dir():
         raise ConfigError(f"artifact_root {settings.artifact_root}: is no folder; make it, or leave the option out")

@@ -46,10 +46,10 @@ def build(args: dict[str, Any]) -> Any:
         autoscaling_config=_autoscaling(settings), health_check_period_s=2, health_check_timeout_s=30,
         graceful_shutdown_timeout_s=settings.timeout_s,
     ).bind(plain, board)  # fmt: skip
-    places = settings.max_queued + settings.max_replicas * settings.max_ongoing
+    flood = max(1000, 10 * settings.places)  # what comes beyond is refused by Serve, in its words
     door = serve.deployment(
         serve.ingress()(Door), name="door", num_replicas=1, ray_actor_options={"num_cpus": _LITTLE},
-        max_ongoing_requests=4 * places + 100, max_queued_requests=places,
+        max_ongoing_requests=flood, max_queued_requests=flood,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),
         health_check_period_s=2, graceful_shutdown_timeout_s=settings.timeout_s,
     )  # fmt: skip

@@ -45,7 +45,6 @@ class Door:
         self._keys = Keys.read(self._settings.api_key_file)
         self._metrics = DoorMetrics()
         self._in_progress = 0
-        self._places = self._settings.max_queued + self._settings.max_replicas * self._settings.max_ongoing
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Serve sends requests to."""
@@ -207,7 +206,7 @@ class Door:
 
     @asynccontextmanager
     async def _place(self) -> AsyncIterator[None]:
-        if self._in_progress >= self._places:
+        if self._in_progress >= self._settings.places:
             raise over_capacity()
         self._in_progress += 1
         try:

@@ -114,6 +114,8 @@ async def read_json(request: Request, limit: int = _SMALL) -> dict[str, Any]:
 async def read_image(request: Request, limit: int) -> bytes:
     """The bytes of the one image that a request brings: as its body, as a file of a form, or in base64 in JSON.
 
+    A body counts as the image whatever its type says else: ``curl --data-binary`` says a wrong one.
+
     Raises:
         Refusal: there is none, or more than one, or too many bytes.
     """
@@ -125,8 +127,6 @@ async def read_image(request: Request, limit: int) -> bytes:
         if len(files) != 1:
             raise Refusal("invalid-request", "The form holds no file; send the image as one, or as the body itself.")
         return files[0][1]
-    if kind == "application/x-www-form-urlencoded":
-        raise Refusal("unsupported-media-type", "Send the image itself: curl --data-binary @FILE -H 'Content-Type:'.")
     return await read_body(request, limit)
 
 

@@ -20,7 +20,7 @@ from ray import serve
 
 from raydiff.distributed.serve_board import Report, Wanted
 from raydiff.distributed.serve_settings import ServeSettings
-from raydiff.errors import ArtifactError, RaydiffError
+from raydiff.errors import ArtifactError, RaydiffError, ScoreError
 from raydiff.experiment import artifact_of
 from raydiff.images import to_tensor
 from raydiff.service import ProblemError, ReceivedImage, ScoredImage, ScoringService, measure_drift
@@ -38,17 +38,25 @@ _T = TypeVar("_T")
 class ReplicaService(ScoringService):
     """A :class:`ScoringService` that can be examined, and can measure the drift of all replicas' scores."""
 
-    def examine(self) -> tuple[str, float]:
-        """The live artefact's id, and the score it gives a slope of greys; counted nowhere.
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._checked: dict[str, float] = {}
+        self.check()
+
+    def check(self) -> None:
+        """Score a slope of greys, counted nowhere: the score is what it was the first time.
 
         Raises:
-            RaydiffError: the detector does not score.
+            RaydiffError: it is not, or there is none.
         """
         live = self._roll.lineup.live
         spec = live.detector.image_spec
         shape = (1, *spec.image_size, spec.channels)
         slope = np.linspace(64, 192, num=math.prod(shape)).astype(np.uint8).reshape(shape)
-        return live.artifact_id, float(live.detector.score(to_tensor(slope)).image[0])
+        score = float(live.detector.score(to_tensor(slope)).image[0])
+        expected = self._checked.setdefault(live.artifact_id, score)
+        if score != expected:
+            raise ScoreError(f"a stored image scored {expected} and now {score}; start the replica again")
 
     def live_scores(self) -> NDArray[np.float64]:
         """The live artefact's last scores here."""
@@ -90,7 +98,6 @@ class Scorer:
             return
         self._wanted: Wanted = await self._board.wanted.remote()
         self._service = await asyncio.to_thread(self._load, self._wanted)
-        self._healthy = dict([await self._work(self._service.examine)])
         self._reached = self._wanted.version
         self._following = asyncio.create_task(self._keep_following())
 
@@ -147,10 +154,7 @@ class Scorer:
             raise ArtifactError(self._broken)
         if time.monotonic() - self._last_scored < 5.0:
             return
-        artifact_id, score = await self._work(self._live.examine)
-        expected = self._healthy.setdefault(artifact_id, score)
-        if score != expected:
-            raise ArtifactError(f"a stored image scored {expected} and now {score}; the replica is replaced")
+        await self._work(self._live.check)
 
     @property
     def _live(self) -> ReplicaService:

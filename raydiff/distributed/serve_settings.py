@@ -24,7 +24,6 @@ class ServeSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     artifact: str
-    device: Literal["cpu", "cuda"] = "cpu"
     min_replicas: int = Field(1, ge=0)
     max_replicas: int = Field(1, ge=1)
     target_ongoing: float = Field(8.0, gt=0)
@@ -68,9 +67,19 @@ class ServeSettings(BaseModel):
             raise ConfigError(f"{where}: {first['msg']}; see raydiff serve --help") from error
 
     @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        """Where replicas score: on a GPU where they get any of one."""
+        return "cuda" if self.num_gpus > 0 else "cpu"
+
+    @property
     def max_ongoing(self) -> int:
         """Images in one replica: a batch being scored and the next one being decoded."""
         return 2 * self.max_batch_size
+
+    @property
+    def places(self) -> int:
+        """Images that all replicas hold, and those that may wait."""
+        return self.max_queued + self.max_replicas * self.max_ongoing
 
     @property
     def limits(self) -> Limits:
