@@ -64,8 +64,10 @@ def write_whole(path: str | Path, text: str) -> None:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Be the one process that writes in a folder, made if need be, for the time of a ``with`` block.
+
+    With ``wait``, wait for another one to end.
 
     The lock is the system's and ends with the process. Where the file system knows no locks, none is held.
 
@@ -80,7 +82,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         raise StorageError(f"{folder}: cannot be written ({error.strerror}); choose another place") from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise ConfigError(
                 f"another raydiff command runs in {folder}; wait for it to end, or choose another --out"

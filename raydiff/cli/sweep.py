@@ -45,6 +45,7 @@ def sweep(
     raydiff sweep search_spaces/scoring.yaml --config examples/configs/digits.yaml --status
     """
     from raydiff.distributed.cluster import connect
+    from raydiff.distributed.study import hidden
     from raydiff.distributed.sweep_phases import Sweep, run_sweep, status
     from raydiff.search_space import load_search_space
     from raydiff.sources import config_of
@@ -59,8 +60,8 @@ def sweep(
     if only_status:
         click.echo(status(this))
         return
-    command = command_line()
-    with connect(spare_cpus=0, dashboard=wanted.num_workers > 1):
+    command = command_line().replace(storage, hidden(storage)) if storage else command_line()
+    with connect(spare_cpus=int(wanted.num_workers > 1), dashboard=wanted.num_workers > 1):
         shards = shards_of(start, place)
         try:
             final = run_sweep(this, shards, test=test, on_trial=_say_trial, on_task=_say_task)

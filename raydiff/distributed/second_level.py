@@ -70,9 +70,9 @@ def search_settings(networks: Networks, count: int, on_kept: Callable[[int], Non
 
 
 def best_of(space: SearchSpace, rows: list[Setting]) -> Setting:
-    """The best by the first objective; of equals the first."""
-    name, sign = space.objectives[0].name, 1 if space.directions()[0] == "maximize" else -1
-    return max(rows, key=lambda row: sign * row.values[name])
+    """The best by the first objective, of equals by the next ones, so that no other is better in every respect."""
+    signs = [1 if direction == "maximize" else -1 for direction in space.directions()]
+    return max(rows, key=lambda row: [sign * value for sign, value in zip(signs, values_of(space, row), strict=True)])
 
 
 def values_of(space: SearchSpace, row: Setting) -> list[float]:

@@ -22,34 +22,34 @@ from typing import Any
 
 import optuna
 import ray
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from ray import tune
 from ray.tune.search.optuna import OptunaSearch
 
 from raydiff.config import ExperimentConfig
 from raydiff.distributed.cluster import room_for
 from raydiff.distributed.points import own_point, stored_point
-from raydiff.distributed.second_level import best_of, name_objectives, sampler_of, search_settings, values_of
+from raydiff.distributed.second_level import best_of, search_settings, values_of
+from raydiff.distributed.study import EXHAUSTED, num_tried
 from raydiff.distributed.train import in_a_thread
-from raydiff.errors import ConfigError, RaydiffError
-from raydiff.journal import write_whole
+from raydiff.errors import ConfigError, RaydiffError, StorageError
+from raydiff.journal import alone_in, write_whole
 from raydiff.search_space import SearchSpace
 from raydiff.shards import ShardSet
 from raydiff.sweep.jobs import TRAINING, Fit, Job, stopped, train_networks
 from raydiff.sweep_records import append_trainings
 
-__all__ = ["Ended", "finished_trials", "fit_of", "num_tried", "open_study", "search"]
+__all__ = ["Ended", "device_of", "fit_of", "parallel_of", "search"]
 
 _FAILURE = "failure.json"
 _MAX_RETRIES = 2
-_ATTRIBUTE = "raydiff"
+_MAX_DRY = 3
 _TUNE = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the rows and the study are the record
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a report on the way has a loss, the last one the objectives
     "RAY_AIR_NEW_OUTPUT": "0",  # what there is to say is said by the command
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
-_DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 @dataclass(frozen=True)
@@ -64,57 +64,6 @@ class Ended:
     num_trials: int
     best: float | None
     failure: str = ""
-
-
-def open_study(space: SearchSpace, *, storage: str, name: str, identity: Mapping[str, str]) -> optuna.Study:
-    """The study of that name, new or gone on with.
-
-    Args:
-        space: whose objectives and sampler it has.
-        storage: an SQLAlchemy URL, ``sqlite:///...``, ``postgresql://...``, ``mysql://...``.
-        name: of the study.
-        identity: what must be the same for its trials to be comparable: digests of the space, the config, the data.
-
-    Raises:
-        ConfigError: the storage cannot be reached, or the study was made for something else.
-    """
-    optuna.logging.set_verbosity(logging.ERROR)
-    try:
-        database = optuna.storages.RDBStorage(storage, skip_compatibility_check=False)
-        names = {summary.study_name for summary in optuna.get_all_study_summaries(database, include_best_trial=False)}
-        if name in names:
-            study = optuna.load_study(study_name=name, storage=database, sampler=_sampler(space, database, name))
-            _check_same(study, identity, storage)
-            return study
-        directions = list(space.directions())
-        study = optuna.create_study(
-            study_name=name, storage=database, directions=directions, sampler=sampler_of(space, space.sampler_seed)
-        )
-    except ConfigError:
-        raise
-    except ImportError as error:
-        raise ConfigError(
-            f"--storage {_hidden(storage)}: {error}; install that driver, or leave --storage out"
-        ) from error
-    except Exception as error:  # whatever the driver raises
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"--storage {_hidden(storage)}: cannot be reached ({type(error).__name__}: {reason}); see that the server"
-            " runs and the URL is right, or leave --storage out for a file"
-        ) from error
-    study.set_user_attr(_ATTRIBUTE, dict(identity))
-    name_objectives(study, space)
-    return study
-
-
-def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """Those that have ended: complete, stopped early, or failed."""
-    return list(study.get_trials(deepcopy=False, states=_DONE))
-
-
-def num_tried(study: optuna.Study) -> int:
-    """How many different combinations of training parameters have ended."""
-    return len({trial.user_attrs.get("key", trial.number) for trial in finished_trials(study)})
 
 
 def search(
@@ -139,12 +88,15 @@ def search(
     Raises:
         ConfigError: no node has room for a trial.
     """
-    job = Job(out.resolve(), shards.uri, space, config, {}, space.seeds, device="cuda" if space.num_gpus else "cpu")
+    job = Job(out.resolve(), shards.uri, space, config, {}, space.seeds, device=device_of(space))
     total = space.trials if space.paths(TRAINING) else 1
-    parallel, done = _parallel(space), -1
-    while done < num_tried(study) < total:  # what is proposed again costs nothing, and does not count
+    parallel, dry = parallel_of(space), 0
+    while num_tried(study) < total and not study.user_attrs.get(EXHAUSTED):
         done = num_tried(study)
         _run(job, study, total, min(parallel, total - done), on_ended)
+        dry = dry + 1 if num_tried(study) == done else 0  # what is proposed again costs nothing, and does not count
+        if dry == _MAX_DRY:
+            study.set_user_attr(EXHAUSTED, True)
 
 
 def _run(job: Job, study: optuna.Study, total: int, parallel: int, on_ended: Callable[[Ended], None]) -> None:
@@ -185,9 +137,12 @@ def _trial(config: Mapping[str, Any], *, job: Job) -> None:
             tune.report({"training_step": step, "loss": loss})
 
     try:
-        with threadpool_limits(threads):
+        with threadpool_limits(threads), alone_in(job.folder, wait=True):
             networks = train_networks(job, fit_of(job.space), report)
             rows = search_settings(networks, job.space.settings_per_training)
+    except StorageError as error:  # a full disk, a network file system that hiccups: worth another try
+        _note_failure(job, error)
+        raise
     except RaydiffError as error:
         _note_failure(job, error)
         tune.report({"ended": "failed"})
@@ -316,6 +271,11 @@ def fit_of(space: SearchSpace) -> Fit | None:
     return lambda config, place, shards, heed: fit(config, place, shards, on_metrics=heed)
 
 
+def device_of(space: SearchSpace) -> str:
+    """Where settings are measured; the GPUs of a trial of several workers are held by those, not by itself."""
+    return "cuda" if space.num_gpus and space.num_workers == 1 else "cpu"
+
+
 def _held(space: SearchSpace) -> dict[str, float]:
     """What the trial itself holds; the workers of Ray Train hold their own."""
     if space.num_workers > 1:
@@ -323,7 +283,7 @@ def _held(space: SearchSpace) -> dict[str, float]:
     return {"cpu": space.num_cpus} | ({"gpu": space.num_gpus} if space.num_gpus else {})
 
 
-def _parallel(space: SearchSpace) -> int:
+def parallel_of(space: SearchSpace) -> int:
     """How many trials fit at a time; with Ray Train inside so few that their workers always find room.
 
     Raises:
@@ -338,7 +298,13 @@ def _parallel(space: SearchSpace) -> int:
     if space.num_workers == 1:
         return room
     spare = ray.cluster_resources().get("CPU", 0) - 1  # Ray Data's tasks want one
-    return max(1, min(room // space.num_workers, int(spare // (space.num_workers * space.num_cpus + 0.01))))
+    wanted = space.num_workers * space.num_cpus + 0.01
+    if spare < wanted:
+        raise ConfigError(
+            f"a trial has {space.num_workers} workers with {space.num_cpus:g} CPU each (num_workers, num_cpus), and the"
+            f" cluster has {spare:g} for them, one more being Ray Data's; lower num_cpus, or add a node"
+        )
+    return min(room // space.num_workers, int(spare // wanted))
 
 
 def _scheduler(space: SearchSpace, job: Job) -> Any:
@@ -349,36 +315,9 @@ def _scheduler(space: SearchSpace, job: Job) -> Any:
 
     steps = job.fitted.training.num_steps
     return ASHAScheduler(
-        time_attr="training_step", metric="loss", mode="min", max_t=steps + 1,
+        time_attr="training_step", metric="loss", mode="min", max_t=steps + 1, stop_last_trials=False,
         grace_period=min(space.pruning.grace_steps, steps), reduction_factor=space.pruning.reduction_factor,
     )  # fmt: skip
-
-
-def _sampler(space: SearchSpace, database: optuna.storages.BaseStorage, name: str) -> optuna.samplers.BaseSampler:
-    """One that does not propose again what it did before an interruption."""
-    count = len(optuna.load_study(study_name=name, storage=database).get_trials(deepcopy=False))
-    return sampler_of(space, space.sampler_seed + 1000 * count)
-
-
-def _check_same(study: optuna.Study, identity: Mapping[str, str], storage: str) -> None:
-    held = study.user_attrs.get(_ATTRIBUTE)
-    if held is None:
-        raise ConfigError(
-            f"study {study.study_name!r} in {_hidden(storage)} was not made by raydiff sweep; choose another --study"
-        )
-    different = [what for what in identity if held.get(what) != identity[what]]
-    if different:
-        raise ConfigError(
-            f"study {study.study_name!r} in {_hidden(storage)} was made with another {' and '.join(different)}; its"
-            " trials cannot be compared with new ones: choose another --out or --study"
-        )
-
-
-def _hidden(storage: str) -> str:
-    """The URL without its password."""
-    scheme, sign, rest = storage.partition("://")
-    user, at, host = rest.rpartition("@")
-    return f"{scheme}{sign}{user.partition(':')[0]}:***@{host}" if at and ":" in user else storage
 
 
 def _note_failure(job: Job, error: BaseException) -> None:

@@ -29,9 +29,18 @@ from optuna.trial import TrialState
 from raydiff.config import ExperimentConfig
 from raydiff.distributed.benchmark import RayWorkers
 from raydiff.distributed.points import as_trial
-from raydiff.distributed.second_level import best_of, name_objectives, values_of
-from raydiff.distributed.sweep import Ended, finished_trials, fit_of, num_tried, open_study, search
-from raydiff.errors import DataError
+from raydiff.distributed.second_level import best_of, values_of
+from raydiff.distributed.study import (
+    EXHAUSTED,
+    find_study,
+    finished_trials,
+    hidden,
+    num_tried,
+    open_study,
+    settings_study,
+)
+from raydiff.distributed.sweep import Ended, device_of, fit_of, parallel_of, search
+from raydiff.errors import DataError, WorkerError
 from raydiff.journal import alone_in, write_whole
 from raydiff.search_space import SearchSpace
 from raydiff.shards import ShardSet
@@ -76,14 +85,17 @@ class Sweep:
 
     def study(self, shards: ShardSet) -> optuna.Study:
         """New, or gone on with; see :func:`raydiff.distributed.sweep.open_study`."""
-        start = self.space.apply(self.config, {})
-        identity = {"space": self.space.digest(), "config": start.digest(), "data": shards.normal_digest}
-        self.out.mkdir(parents=True, exist_ok=True)
-        return open_study(self.space, storage=self.url, name=self.name, identity=identity)
+        identity = self.identity | {"data": shards.normal_digest}
+        return open_study(self.space, self.out, storage=self.url, name=self.name, identity=identity)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a study's trials must share, the data aside."""
+        return {"space": self.space.digest(), "config": self.space.apply(self.config, {}).digest()}
 
     def job(self, shards: ShardSet) -> Job:
         """One without parameters yet."""
-        device = "cuda" if self.space.num_gpus else "cpu"
+        device = device_of(self.space)
         return Job(self.out.resolve(), shards.uri, self.space, self.config, {}, self.space.seeds, device=device)
 
 
@@ -116,17 +128,27 @@ def run_sweep(
         search(sweep.space, sweep.config, sweep.out, shards, study, on_ended=on_trial)
         settings = gather(sweep, study)
         if not settings:
-            raise DataError(f"{sweep.out}: every trial failed; {_first_failure(study)}")
+            raise DataError(
+                f"{sweep.out}: every trial failed; {_first_failure(study)}; mend that, and choose another --out"
+            )
         _add_settings(sweep, settings)
         best = best_of(sweep.space, settings)
         write_whole(sweep.out / WINNER, _winner(sweep, best))
         write_report(sweep)
-        wanted = [curve for curve in curves(sweep.job(shards), best) if not is_drawn(curve)]
-        _run([_curve_task(sweep.space, curve) for curve in wanted], partial(on_task, "around"))
-        gather(sweep, study)
-        final = _refitted(sweep, shards, best, test=test, on_task=partial(on_task, "refit"))
+        around = curves(sweep.job(shards), best)
+        failed = _run(
+            sweep.space, [_curve_task(sweep.space, curve) for curve in around if not is_drawn(curve)],
+            partial(on_task, "around"),
+        )  # fmt: skip
+        gather(sweep, study, around)
+        final, unfitted = _refitted(sweep, shards, best, test=test, on_task=partial(on_task, "refit"))
         write_report(sweep)
-        return final
+    if failed or unfitted:
+        raise WorkerError(
+            f"{sweep.out}: {failed + unfitted} task(s) after the search failed, as said above; the same command tries"
+            " them again"
+        )
+    return final
 
 
 def write_report(sweep: Sweep) -> Path | None:
@@ -142,20 +164,33 @@ def write_report(sweep: Sweep) -> Path | None:
     return write_sweep_report(sweep.space, sweep.out, sweep.out / REPORT, found)
 
 
-def gather(sweep: Sweep, study: optuna.Study) -> list[Setting]:
-    """Write ``settings.jsonl`` and ``trainings.jsonl`` anew from the folders; the search's settings are given back."""
+def gather(sweep: Sweep, study: optuna.Study, around: Sequence[Curve] = ()) -> list[Setting]:
+    """Write ``settings.jsonl`` and ``trainings.jsonl`` anew from the folders; the search's settings are given back.
+
+    Of the curves those of an earlier best point, or with other seeds, are left out.
+    """
     wall: dict[str, float] = {}
     for trial in finished_trials(study):
         if trial.state == TrialState.COMPLETE:  # of several with the same networks the first one trained them
             wall.setdefault(trial.user_attrs["key"], trial.user_attrs["wall_seconds"] / len(sweep.space.seeds))
+    drawn = {
+        (curve.job.key, _text([dict(params), varied, sorted(curve.job.seeds)]))
+        for curve in around for params, varied in curve.points
+    }  # fmt: skip
+    wanted = {curve.job.key for curve in around}
     trainings: list[TrainingRow] = []
     settings: list[Setting] = []
     for folder in sorted((sweep.out / "trainings").glob("*")):
         rows = {(row.seed, row.state == "complete"): row for row in read_trainings(folder)}
         done = {seed for seed, complete in rows if complete}
         kept = [row for (seed, complete), row in rows.items() if complete or seed not in done]
+        kept = [row for row in kept if row.phase == "search" or row.key in wanted]
         trainings += [replace(row, trial_seconds=wall.get(row.key)) if row.phase == "search" else row for row in kept]
-        settings += read_settings(folder)
+        settings += [
+            row for row in read_settings(folder)
+            if row.phase == "search"
+            or (row.training, _text([dict(row.params), row.varied, sorted(row.by_seed)])) in drawn
+        ]  # fmt: skip
     trainings.sort(key=lambda row: (row.phase != "search", row.trial or 0, row.key, row.seed))
     settings.sort(key=lambda row: (row.phase != "search", row.trial or 0, row.training))
     for name in (SETTINGS, TRAININGS):
@@ -165,38 +200,42 @@ def gather(sweep: Sweep, study: optuna.Study) -> list[Setting]:
     return [row for row in settings if row.phase == "search"]
 
 
+def _text(value: object) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
 def status(sweep: Sweep) -> str:
-    """Where a sweep stands, in a few lines; needs no Ray, and changes nothing."""
-    names = optuna.get_all_study_summaries(sweep.url, include_best_trial=False) if _is_there(sweep) else []
-    if sweep.name not in {summary.study_name for summary in names}:
-        return f"{sweep.name}: not begun ({sweep.url})"
-    study = optuna.load_study(study_name=sweep.name, storage=sweep.url)
+    """Where a sweep stands, in a few lines; needs no Ray, and changes nothing.
+
+    Raises:
+        ConfigError: the storage cannot be reached, or the study was made for something else.
+    """
+    place = hidden(sweep.url)
+    study = find_study(sweep.space, storage=sweep.url, name=sweep.name, identity=sweep.identity)
+    if study is None:
+        return f"{sweep.name}: not begun ({place})"
     trials = study.get_trials(deepcopy=False)
     total = sweep.space.trials if sweep.space.paths(TRAINING) else 1
     counts = {state: sum(trial.state == state for trial in trials) for state in TrialState}
     left = max(0, total - num_tried(study))
+    more = "the space holds no more" if study.user_attrs.get(EXHAUSTED) else f"{left} of {total} combinations to go"
     settings = sum(trial.user_attrs.get("num_settings", 0) for trial in trials)
     lines = [
-        f"study {sweep.name} in {sweep.url}",
+        f"study {sweep.name} in {place}",
         f"trials: {counts[TrialState.COMPLETE]} complete, {counts[TrialState.PRUNED]} stopped early,"
-        f" {counts[TrialState.FAIL]} failed, {counts[TrialState.RUNNING]} running or interrupted; {left} of {total}"
-        " combinations to go",
+        f" {counts[TrialState.FAIL]} failed, {counts[TrialState.RUNNING]} running or interrupted; {more}",
         f"settings measured: {settings}",
     ]
     if counts[TrialState.COMPLETE]:
-        lines += [_best_line(sweep, trial) for trial in study.best_trials[:5]]
-    lines += [
-        f"failed: trial {trial.number}: {str(trial.user_attrs.get('failure', '')).strip().splitlines()[-1:]}"
-        for trial in trials
-        if trial.state == TrialState.FAIL
-    ]
+        best = {trial.user_attrs["key"]: _best_line(sweep, trial) for trial in reversed(study.best_trials)}
+        lines += list(reversed(best.values()))[:5]
+    for trial in trials:
+        if trial.state == TrialState.FAIL:
+            said = str(trial.user_attrs.get("failure", "")).strip().splitlines()
+            lines.append(f"failed: trial {trial.number}: {said[-1] if said else 'no reason was kept'}")
     final = read_final(sweep.out)
     lines.append("winner: " + ("not refitted yet" if final is None else f"{sweep.out / WINNER}, refitted"))
     return "\n".join(lines)
-
-
-def _is_there(sweep: Sweep) -> bool:
-    return sweep.storage is not None or (sweep.out / "study.db").exists()
 
 
 def _best_line(sweep: Sweep, trial: optuna.trial.FrozenTrial) -> str:
@@ -206,11 +245,11 @@ def _best_line(sweep: Sweep, trial: optuna.trial.FrozenTrial) -> str:
 
 def _refitted(
     sweep: Sweep, shards: ShardSet, best: Setting, *, test: bool, on_task: Callable[[Progress], None]
-) -> Final | None:
-    """The winner and the starting point over fresh seeds."""
+) -> tuple[Final | None, int]:
+    """The winner and the starting point over fresh seeds, and how many trainings failed."""
     space, job = sweep.space, sweep.job(shards)
     if not space.refit_seeds:
-        return None
+        return None, 0
     names = [objective.name for objective in space.objectives]
     tasks: list[Task] = []
     for which, params in (("winner", best.params), ("start", {})):
@@ -226,7 +265,7 @@ def _refitted(
             found[progress.task.key] = progress.outcome.value
         on_task(progress)
 
-    _run(tasks, note)
+    failed = _run(space, tasks, note)
     settings, trainings = read_settings(sweep.out), read_trainings(sweep.out)
     final = Final(
         params=best.params, promised=best.values,
@@ -234,17 +273,32 @@ def _refitted(
         start=tuple(found[f"start-{seed}"] for seed in space.refit_seeds if f"start-{seed}" in found),
         num_trainings=sum(row.phase == "search" for row in trainings),
         num_settings=sum(row.phase == "search" for row in settings),
-        extra={"training": best.training, "trial": best.trial},
+        extra={
+            "training": best.training, "trial": best.trial,
+            "tested": _tested(sweep.out, best.params if test else None),
+        },
     )  # fmt: skip
     write_final(sweep.out, final)
-    return final
+    return final, failed
 
 
-def _run(tasks: Sequence[Task], note: Callable[[Progress], None]) -> None:
+def _tested(out: Path, params: Mapping[str, Any] | None) -> list[str]:
+    """The winners of this sweep for which the test split has been read, with this one where it is."""
+    before = read_final(out)
+    known = set(before.extra.get("tested", ())) if before else set[str]()
+    return sorted(known if params is None else known | {_text(dict(params))})
+
+
+def _run(space: SearchSpace, tasks: Sequence[Task], note: Callable[[Progress], None]) -> int:
+    """Run tasks, with several workers each no more at a time than find room; how many failed."""
     if not tasks:
-        return
-    for progress in drive(tasks, RayWorkers(tasks)):
+        return 0
+    failed = 0
+    at_a_time = parallel_of(space) if space.num_workers > 1 else None
+    for progress in drive(tasks, RayWorkers(tasks, num_workers=at_a_time)):
+        failed += progress.outcome.failure is not None
         note(progress)
+    return failed
 
 
 def _curve_task(space: SearchSpace, curve: Curve) -> Task:
@@ -276,13 +330,10 @@ def _first_failure(study: optuna.Study) -> str:
 def _add_settings(sweep: Sweep, settings: Sequence[Setting]) -> None:
     """Every setting as a trial of a second study, NAME/settings, for Optuna's own plots; none twice."""
     space = sweep.space
-    study = optuna.create_study(
-        study_name=f"{sweep.name}/settings", storage=sweep.url, directions=list(space.directions()), load_if_exists=True
-    )
+    study = settings_study(space, storage=sweep.url, name=sweep.name)
     known = len(study.get_trials(deepcopy=False))
     if known >= len(settings):
         return
-    name_objectives(study, space)
     held = {_identity(trial.user_attrs["training"], trial.user_attrs["params"]) for trial in study.trials}
     study.add_trials(
         as_trial(

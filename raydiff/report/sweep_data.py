@@ -205,7 +205,11 @@ class Sweep:
     @cached_property
     def best(self) -> Setting | None:
         """The best setting of the search."""
-        return max(self.search, key=self.worth, default=None)
+        return max(self.search, key=self._rank, default=None)
+
+    def _rank(self, row: Setting) -> list[float]:
+        """All objectives, turned so that more is better: of equals in the first one the next decides."""
+        return [sign_of(self.space, each.name) * row.values.get(each.name, math.nan) for each in self.space.objectives]
 
     def worth(self, row: Setting) -> float:
         """The lead objective, turned so that more is better."""

@@ -26,7 +26,7 @@ _SMALL = 0.01
 
 GLOSSARY = {
     "Selection": "normal calibration images and synthetic anomalies made of them; all that the search looks at",
-    "Test": "real anomalies; read once, after the winner was chosen",
+    "Test": "real anomalies; read after the winner was chosen",
     "Training": "one combination of the parameters that change weights, over its seeds; its value is that of its best"
     " setting",
     "Setting": "one combination of all parameters, measured on a training that is there already",
@@ -278,7 +278,9 @@ def _on_test(sweep: Sweep) -> list[str]:
     if final is None or (won := mean_of(final.winner, "test", metric)) is None:
         return ["Test was not read."]
     name = {"auroc": "AUROC", "average_precision": "AP", "realised_tpr": "detection rate"}[metric]
-    said = f"On test, read once, its {name} is {_with_spread(won)}"
+    times = len(final.extra.get("tested", ())) or 1
+    read = "read once" if times == 1 else f"read for the {times} winners that this sweep has had, so seen before"
+    said = f"On test, {read}, its {name} is {_with_spread(won)}"
     if (start := mean_of(final.start, "test", metric)) is None:
         return [f"{said}."]
     difference = paired(final.winner, final.start, "test", metric)

@@ -55,7 +55,7 @@ class Around(Section):
     """One-at-a-time curves around the best point."""
 
     values: int = Field(5, ge=2, description="values per parameter; all of a categorical's")
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="trainings per value")
+    seeds: tuple[int, ...] = Field((1, 2, 3), min_length=1, description="trainings per value; not the search's")
 
 
 class SearchSpace(Section):
@@ -94,6 +94,10 @@ class SearchSpace(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.num_workers > 1 and self.num_gpus not in (0, 1):
+            raise ValueError(
+                f"num_gpus is {self.num_gpus:g} and num_workers {self.num_workers}; give each worker 0 or 1"
+            )
         if self.num_gpus > 1 and not self.num_gpus.is_integer():
             raise ValueError(f"num_gpus is {self.num_gpus:g}; above 1 it must be a whole number")
         lists = {"seeds": self.seeds, "refit_seeds": self.refit_seeds}
@@ -104,6 +108,11 @@ class SearchSpace(Section):
                 raise ValueError(f"{key} has {bad[0]}; a seed lies between 0 and 2147483647")
             if repeated := [seed for seed in seeds if seeds.count(seed) > 1]:
                 raise ValueError(f"{key} has {repeated[0]} twice; leave one out")
+            if key == "around.seeds" and (shared := sorted(set(seeds) & set(self.seeds))):
+                raise ValueError(
+                    f"around.seeds has {shared[0]}, which seeds has too; the best point was chosen with that one, so it"
+                    " would look too good: give others"
+                )
             if key != "refit_seeds" and (shared := sorted(set(seeds) & set(self.refit_seeds))):
                 raise ValueError(
                     f"refit_seeds has {shared[0]}, which {key} has too; a refit shows what survives on fresh seeds,"

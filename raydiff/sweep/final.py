@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from raydiff.detector import DiffusionDetector, load_detector
 from raydiff.errors import ConfigError, ScoreError, ShapeError
 from raydiff.evaluation import evaluate
 from raydiff.experiment import ARTIFACT, fit_locally
-from raydiff.journal import read_lines, write_whole
+from raydiff.journal import alone_in, read_lines, write_whole
 from raydiff.predictions import Predictions
 from raydiff.search_space import Parameter, SearchSpace
 from raydiff.shards import ShardSet
@@ -30,10 +31,12 @@ from raydiff.sweep.evidence import EvidenceCache
 from raydiff.sweep.jobs import TRAINING, Fit, Job, train_networks
 from raydiff.sweep.objectives import measure_setting
 from raydiff.sweep_records import Refit, Setting
+from raydiff.tracking import read_metrics
 
 __all__ = ["Curve", "curves", "grid", "is_drawn", "refit", "run_curve"]
 
-_DRAWN = "around.json"
+_DRAWN, _SECONDS = "around.json", "seconds.json"
+_OTHER_ANOMALIES = 1
 _TARGETS = (0.01, 0.02, 0.05, 0.1, 0.2)
 
 
@@ -67,16 +70,17 @@ def curves(job: Job, best: Setting) -> list[Curve]:
 
 def run_curve(curve: Curve, fit: Fit | None = None) -> int:
     """Train its networks and measure its points; what is there already is kept. How many points there are."""
-    networks = train_networks(curve.job, fit)
-    known, rows = len(networks.measured), 0
-    for params, varied in curve.points:
-        try:
-            networks.measure(params, varied=varied)
-        except (ConfigError, ScoreError, ShapeError):  # more steps than this schedule has
-            continue
-        rows += 1
-    networks.keep(networks.measured[known:])
-    write_whole(curve.job.folder / _DRAWN, json.dumps(_asked(curve)))
+    with alone_in(curve.job.folder, wait=True):
+        networks = train_networks(curve.job, fit)
+        known, rows = len(networks.measured), 0
+        for params, varied in curve.points:
+            try:
+                networks.measure(params, varied=varied)
+            except (ConfigError, ScoreError, ShapeError):  # more steps than this schedule has
+                continue
+            rows += 1
+        networks.keep(networks.measured[known:])
+        write_whole(curve.job.folder / _DRAWN, json.dumps(_asked(curve)))
     return rows
 
 
@@ -116,7 +120,8 @@ def refit(
 ) -> Refit:
     """Train and calibrate a whole config, measure it on the selection split and, where asked, once on test.
 
-    A refit that is finished is read from its folder. ``names`` are the objectives to measure.
+    A refit that is finished is read from its folder. ``names`` are the objectives to measure. The synthetic anomalies
+    are others than the search's; the calibration normals are the same, there being no more.
     """
     path = place / "refit.json"
     if path.exists():
@@ -124,17 +129,28 @@ def refit(
         if known.test or not test:
             return known
     if not (place / ARTIFACT / "manifest.json").exists():
+        begun = time.monotonic()
         if fit is None:
             fit_locally(config, place, shards, device=device)
         else:
             fit(config, place, shards, lambda _: None)
+        write_whole(place / _SECONDS, json.dumps(time.monotonic() - begun))
     detector = load_detector(place / ARTIFACT, device=device)
     assert isinstance(detector, DiffusionDetector)  # noqa: S101
-    selection = measure_setting(EvidenceCache.of(detector, shards, seed=0), config, names)
+    selection = measure_setting(EvidenceCache.of(detector, shards, seed=_OTHER_ANOMALIES), config, names)
     measured = _on_test(detector, shards) if test else ({}, ())
-    result = Refit(config.seed, {name: float(value) for name, value in selection.items()}, *measured)
+    result = Refit(config.seed, {**_of_training(place), **selection}, *measured)
     _write(path, result)
     return result
+
+
+def _of_training(place: Path) -> dict[str, float]:
+    """What the training took, as far as it was not interrupted, and its held-out loss."""
+    losses = [line["held_out_loss"] for line in read_metrics(place) if "held_out_loss" in line]
+    found = {"loss": float(losses[-1])} if losses else {}
+    if (place / _SECONDS).exists():
+        found["training_seconds"] = float(json.loads((place / _SECONDS).read_text(encoding="utf-8")))
+    return found
 
 
 def _on_test(detector: DiffusionDetector, shards: ShardSet) -> tuple[dict[str, float], tuple[dict[str, float], ...]]:

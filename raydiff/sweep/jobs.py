@@ -166,7 +166,8 @@ def train_networks(
         ConfigError, DataError, TrainingError: see :func:`raydiff.experiment.fit_locally`.
     """
     shards = ShardSet.open(job.shards)
-    write_whole(job.folder / "job.json", json.dumps({"params": dict(job.params)}, sort_keys=True))
+    if not (job.folder / "job.json").exists():
+        write_whole(job.folder / "job.json", json.dumps({"params": dict(job.params)}, sort_keys=True))
     known = {row.seed: row for row in read_trainings(job.folder) if row.state == "complete"}
     rows, caches = {}, {}
     for number, seed in enumerate(job.seeds):

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -22,7 +23,7 @@ from optuna.trial import TrialState
 from raydiff.cli import main
 from raydiff.config import ExperimentConfig
 from raydiff.distributed.cluster import connect
-from raydiff.distributed.sweep import open_study
+from raydiff.distributed.study import hidden, open_study
 from raydiff.distributed.sweep_phases import Sweep, run_sweep, status
 from raydiff.errors import ConfigError
 from raydiff.search_space import SearchSpace
@@ -47,7 +48,7 @@ SPACE = {
     },
     "trials": 4,
     "settings_per_training": 5,
-    "around": {"values": 2, "seeds": [0, 1]},
+    "around": {"values": 2, "seeds": [1, 2]},
     "refit_seeds": [100, 101],
 }
 
@@ -120,7 +121,7 @@ def test_curves_around_the_best_change_one_parameter_at_a_time(finished: Sweep) 
     base = next(row for row in rows if row.varied is None)
     assert {row.varied for row in rows} == {None, *SPACE["parameters"]}
     for row in rows:
-        assert set(row.by_seed) == {0, 1}
+        assert set(row.by_seed) == {1, 2}
         changed = {path for path in base.params if row.params.get(path) != base.params[path]}
         assert changed == ({row.varied} if row.varied else set())
 
@@ -156,14 +157,69 @@ def test_a_combination_that_is_proposed_again_does_not_count(tmp_path: Path, sha
     keys = [trial.user_attrs["key"] for trial in trials]
     assert len(keys) > len(set(keys)) >= 2  # at random three of three choices come only by luck
     assert len(read_trainings(sweep.out)) == len(set(keys))
-    assert "0 of 3 combinations to go" in status(sweep) or "1 of 3" in status(sweep)
+    assert re.search("0 of 3 combinations to go|the space holds no more", status(sweep))
+    run_sweep(sweep, shards)
+    assert len(optuna.load_study(study_name="tiny", storage=sweep.url).trials) == len(trials)
+
+
+def test_the_winner_of_several_objectives_is_beaten_by_none(tmp_path: Path, shards: ShardSet) -> None:
+    objectives = [{"name": "nfe"}, {"name": "selection_auroc"}]
+    parameters = {path: SPACE["parameters"][path] for path in ("scoring.num_inference_steps", "scoring.pooling")}
+    sweep = sweep_of(
+        tmp_path / "out", parameters=parameters, objectives=objectives, settings_per_training=12, around=None,
+        refit_seeds=[100],
+    )  # fmt: skip
+    final = run_sweep(sweep, shards, test=False)
+    assert final is not None
+    cheapest = [row.values for row in read_settings(sweep.out) if row.values["nfe"] == final.promised["nfe"]]
+    assert final.promised["nfe"] == 1
+    assert final.promised["selection_auroc"] == max(values["selection_auroc"] for values in cheapest)
+
+
+def test_curves_of_an_earlier_best_point_are_not_drawn(tmp_path: Path, shards: ShardSet) -> None:
+    sweep = sweep_of(tmp_path / "out", trials=1, settings_per_training=2, refit_seeds=[])
+    run_sweep(sweep, shards)
+    more = replace(sweep, space=sweep.space.model_copy(update={"trials": 3}))
+    run_sweep(more, shards)
+    around = [row for row in read_settings(sweep.out) if row.phase == "around"]
+    [centre] = [row for row in around if row.varied is None]
+    searched = [row for row in read_settings(sweep.out) if row.phase == "search"]
+    best = max(searched, key=lambda row: row.values["selection_auroc"])
+    assert centre.params == best.params
+
+
+def test_workers_that_never_find_room_are_refused(tmp_path: Path, shards: ShardSet) -> None:
+    sweep = sweep_of(tmp_path / "out", num_workers=2, num_cpus=1.0)
+    with pytest.raises(ConfigError, match=r"2 workers with 1 CPU each .* the cluster has 1 for them"):
+        run_sweep(sweep, shards)
+
+
+def test_trials_of_the_same_networks_wait_for_each_other(tmp_path: Path, shards: ShardSet) -> None:
+    parameters = {"training.learning_rate": {"choices": [1e-3, 1e-3 + 1e-9]}}
+    points = [{"training.learning_rate": 1e-3}]
+    sweep = sweep_of(
+        tmp_path / "out", parameters=parameters, points=points, trials=4, settings_per_training=1, around=None,
+        refit_seeds=[], sampler="random",
+    )  # fmt: skip
+    run_sweep(sweep, shards)
+    trials = optuna.load_study(study_name="tiny", storage=sweep.url).trials
+    assert {trial.state for trial in trials} == {TrialState.COMPLETE}
 
 
 def test_another_space_under_the_same_name_is_refused(finished: Sweep, shards: ShardSet) -> None:
     parameters = SPACE["parameters"] | {"scoring.blur": {"float": [0.0, 1.0]}}
     other = sweep_of(finished.out, parameters=parameters)
-    with pytest.raises(ConfigError, match=r"study 'tiny' in sqlite.* another space; .* another --out or --study"):
+    with pytest.raises(ConfigError, match=r"study 'tiny' in sqlite.* another space; .* choose another --out"):
         run_sweep(other, shards)
+    with pytest.raises(ConfigError, match="another space"):
+        status(other)
+
+
+def test_a_folder_holds_one_sweep_and_a_study_has_one_folder(finished: Sweep, shards: ShardSet, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds the sweep of study 'tiny'; choose another --out"):
+        run_sweep(replace(finished, name="second"), shards)
+    with pytest.raises(ConfigError, match=r"belongs to the folder .*; give that as --out, or choose another --study"):
+        run_sweep(replace(finished, out=tmp_path / "elsewhere", storage=finished.url), shards)
 
 
 @pytest.mark.parametrize(
@@ -174,11 +230,21 @@ def test_another_space_under_the_same_name_is_refused(finished: Sweep, shards: S
         ("nonsense", "cannot be reached"),
     ],
 )
-def test_a_storage_that_cannot_be_reached(storage: str, said: str) -> None:
+def test_a_storage_that_cannot_be_reached(storage: str, said: str, tmp_path: Path) -> None:
     space = SearchSpace.model_validate(SPACE)
     with pytest.raises(ConfigError, match=said) as refused:
-        open_study(space, storage=storage, name="x", identity={})
+        open_study(space, tmp_path, storage=storage, name="x", identity={})
     assert "secret" not in str(refused.value)
+    sweep = Sweep(space, ExperimentConfig.from_dict(CONFIG, "test"), tmp_path, "x", storage)
+    if not storage.startswith("sqlite"):
+        with pytest.raises(ConfigError, match=said) as refused:
+            status(sweep)
+        assert "secret" not in str(refused.value)
+
+
+def test_passwords_are_hidden_wherever_they_stand() -> None:
+    assert hidden("postgresql://me:secret@host/x?password=secret") == "postgresql://me:***@host/x"
+    assert "secret" not in hidden("mysql:/me:secret@host")
 
 
 def test_the_test_split_need_not_be_readable(tmp_path: Path) -> None:
