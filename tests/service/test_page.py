@@ -13,12 +13,13 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
 from PIL import Image
 from torch import Tensor
 
-from raydiff.images import to_uint8
-from raydiff.service import ProblemError, ScoredImage, ScoringService
+from raydiff.images import encode_png, to_uint8
+from raydiff.service import Limits, ProblemError, ScoredImage, ScoringService
 from raydiff.service.page import HEADERS, page_files
 from raydiff.testing import planted_defect
 
@@ -96,7 +97,9 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def server(run_dir: Path) -> Iterator[Server]:
     made = Server(("127.0.0.1", 0), Handler)
-    made.service = ScoringService(run_dir / "artifact", max_batch=4, min_drift_scores=8, drift_window=50)
+    made.service = ScoringService(
+        run_dir / "artifact", max_batch=4, limits=Limits(max_bytes=2_000_000), min_drift_scores=50
+    )
     thread = Thread(target=made.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     yield made
@@ -135,21 +138,17 @@ def is_trouble(event: dict[str, Any]) -> bool:
 
 @pytest.fixture(scope="module")
 def files(server: Server, digit_images: Tensor, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The plainest digit; the most broken one, wider than high, as PNG and TIFF; and something that is no image."""
+    """A plain digit, much higher than wide; a broken one, wider than high, as PNG and TIFF; what is refused."""
     folder = tmp_path_factory.mktemp("images")
-    digits, broken = (
-        [Image.fromarray(pixels[:, :, 0]).resize((48, 32)) for pixels in to_uint8(images)]
-        for images in (digit_images, planted_defect(digit_images)[0])
-    )
-    by_score = {}
-    for image in digits + broken:
-        image.save(folder / "one.png")
-        by_score[scored(server, folder / "one.png").score] = image
-    (folder / "one.png").unlink()
-    by_score[min(by_score)].save(folder / "plain.png")
-    by_score[max(by_score)].save(folder / "broken.png")
-    by_score[max(by_score)].save(folder / "broken.tiff")
+    digits = [Image.fromarray(pixels[:, :, 0]).resize((12, 240)) for pixels in to_uint8(digit_images)]
+    defects = to_uint8(planted_defect(digit_images)[0])
+    broken = [Image.fromarray(pixels[:, :, 0]).resize((48, 32)) for pixels in defects]
+    min(digits, key=lambda image: score(server, encode_png(np.asarray(image))).score).save(folder / "plain.png")
+    odd = max(broken, key=lambda image: score(server, encode_png(np.asarray(image))).score)
+    odd.save(folder / "broken.png")
+    odd.save(folder / "broken.tiff")
     (folder / "notes.png").write_bytes(b"These are no pixels.")
+    (folder / "large.png").write_bytes(bytes(2_000_001))
     return {path.name: path for path in folder.iterdir()}
 
 
@@ -177,12 +176,12 @@ def test_a_chosen_image_gets_the_services_verdict_with_its_reasons(
 ) -> None:
     page.choose(files["broken.png"])
     page.until("document.querySelector('.verdict.anomalous') !== null")
-    answer = scored(server, files["broken.png"])
+    answer = score(server, files["broken.png"].read_bytes())
     assert answer.explanation is not None
     shown = page.text("#result")
     assert page.text(".verdict .word") == "Anomalous"
     assert f"Score {answer.score:.4g}, above the threshold of {answer.threshold:.4g}." in shown
-    assert "None of the 30 normal images of the calibration scored as high (p = 0.032)." in shown
+    assert "None of the 30 normal images of the calibration scored as high (p\u00a0=\u00a00.032)." in shown
     assert server.service.artifact_id in shown
     assert "48 × 32" in shown
     assert page.text("#said").startswith("broken.png: Anomalous. Score")
@@ -193,8 +192,7 @@ def test_a_chosen_image_gets_the_services_verdict_with_its_reasons(
     assert page.run(f"(([cut, score]) => Number(cut) < Number(score))({left_to_right})")
     assert page.run("document.querySelectorAll('.boxes .box:not(.under)').length") == len(answer.explanation.boxes) > 0
     page.until("[...document.querySelectorAll('.stage img')].filter(i => i.naturalWidth > 0).length === 3")
-    stage = page.run("(({width, height}) => width / height)(document.querySelector('.stage').getBoundingClientRect())")
-    assert stage == pytest.approx(48 / 32, rel=0.01)
+    assert page.run(PROPORTION) == pytest.approx(48 / 32, rel=0.01)
 
 
 def test_everything_is_reached_and_done_by_keyboard(page: Browser, server: Server, files: dict[str, Path]) -> None:
@@ -220,6 +218,10 @@ def test_everything_is_reached_and_done_by_keyboard(page: Browser, server: Serve
     assert page.text(".verdict .word") == "Normal"
     assert page.run("document.querySelector('#list [aria-current] .name').textContent") == "plain.png"
     assert page.run("document.querySelector('.layer').style.opacity") == "0.9"
+    page.tab_to("#shown button")
+    page.press("Enter", 13, "\r")
+    assert page.run("document.activeElement.id") == "result"
+    page.until("document.querySelector('.verdict.normal') !== null")
     page.tab_to("#rate")
     page.run("document.activeElement.select()")
     page.send("Input.insertText", text="40")
@@ -242,6 +244,14 @@ def test_what_is_refused_says_why_and_what_to_do(page: Browser, server: Server, 
     page.choose(files["plain.png"])
     page.until("document.querySelector('.verdict.normal') !== null")
     assert server.refusals == 0
+    assert page.run(PROPORTION) == pytest.approx(12 / 240, rel=0.05)
+    assert page.run("document.querySelector('.stage').getBoundingClientRect().height") < 900
+    asked = len(page.events)
+    page.choose(files["large.png"])
+    page.until("document.querySelector('.verdict.refused') !== null")
+    assert "at most 2000000 are taken" in page.text(".verdict")
+    assert not [event for event in page.events[asked:] if event["method"] == "Network.requestWillBeSent"
+                and "/v1/score" in event["params"]["request"]["url"]]  # fmt: skip
 
 
 def test_a_format_the_browser_does_not_know_is_shown_by_the_service(page: Browser, files: dict[str, Path]) -> None:
@@ -249,6 +259,10 @@ def test_a_format_the_browser_does_not_know_is_shown_by_the_service(page: Browse
     page.until("document.querySelector('.base')?.naturalWidth > 0")
     assert page.run("document.querySelector('.base').src").startswith("data:image/png")
     assert "cannot show this format" in page.text("figcaption")
+    assert page.run("document.querySelector('#opacity').disabled") is True
+    page.until(
+        "(c => c.getContext('2d').getImageData(28, 28, 1, 1).data[3])(document.querySelector('#list canvas')) > 0"
+    )
     assert "TIFF, 48 × 32" in page.text("#result")
 
 
@@ -295,6 +309,7 @@ def test_it_fits_a_phone_and_can_be_read(page: Browser, files: dict[str, Path], 
     assert page.run(FAINT) == []
 
 
+PROPORTION = "(({width, height}) => width / height)(document.querySelector('.stage').getBoundingClientRect())"
 SMALL = """[...document.querySelectorAll("button, .button")].filter((e) => e.checkVisibility())
     .filter((e) => e.getBoundingClientRect().height < 44).map((e) => e.textContent)"""
 FAINT = """(() => {
@@ -315,7 +330,7 @@ FAINT = """(() => {
 """Buttons too small for a thumb, and text with a contrast below 4.5 to 1 (WCAG 2.2, 1.4.3)."""
 
 
-def scored(server: Server, path: Path) -> ScoredImage:
-    answer = server.service.score([server.service.receive(path.read_bytes())], explain=True)[0]
+def score(server: Server, data: bytes) -> ScoredImage:
+    answer = server.service.score([server.service.receive(data)], explain=True)[0]
     assert isinstance(answer, ScoredImage)
     return answer

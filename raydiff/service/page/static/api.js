@@ -1,4 +1,4 @@
-/** What the page asks of the service. Addresses are relative to the page, the key lives in this module's memory only. */
+/** What the page asks of the service. Addresses are relative to the page; the key is kept in memory only. */
 
 const TIMEOUT_MS = 60_000;
 const MAX_TRIES = 5;
@@ -24,13 +24,15 @@ export const model = () => ask("v1/model");
 /** Live scores against calibration. */
 export const drift = () => ask("v1/drift");
 
-/** Another target rate, as a share. */
+/** Another target rate, as a share; null for the artefact's own. */
 export function setRate(targetFpr) {
-  return ask("v1/threshold", { method: "PUT", body: JSON.stringify({ target_fpr: targetFpr }), type: "application/json" });
+  const body = JSON.stringify({ target_fpr: targetFpr });
+  return ask("v1/threshold", { method: "PUT", body, type: "application/json" });
 }
 
 /** The verdict on a file with its reasons; where the service is full it waits as long as it is told, and says so. */
-export async function score(file, onwait) {
+export async function score(file, maxBytes, onwait) {
+  await check(file, maxBytes);
   for (let tries = 1; ; tries += 1) {
     try {
       return await ask("v1/score?explain=true", { method: "POST", body: file, type: "application/octet-stream" });
@@ -39,6 +41,19 @@ export async function score(file, onwait) {
       onwait(problem.retryAfter);
       await new Promise((done) => setTimeout(done, 1000 * problem.retryAfter));
     }
+  }
+}
+
+/** What a service could only answer by closing the connection, and a browser would call a fault of the network. */
+async function check(file, maxBytes) {
+  if (file.size > maxBytes) {
+    const sizes = `It has ${file.size} bytes, and at most ${maxBytes} are taken`;
+    throw new Problem("The image has too many bytes", `${sizes}; send a smaller one.`);
+  }
+  try {
+    await file.slice(0, 1).arrayBuffer();
+  } catch {
+    throw new Problem("The file cannot be read", "It is a folder, or was moved or changed; choose the image again.");
   }
 }
 
@@ -59,12 +74,12 @@ async function ask(path, { method = "GET", body, type } = {}) {
 
 function unanswered(error) {
   if (error.name === "TimeoutError") {
-    return new Problem("No answer in time", `The service did not answer within ${TIMEOUT_MS / 1000} s; try again later.`);
+    return new Problem("No answer in time", `Nothing came within ${TIMEOUT_MS / 1000} s; try again later.`);
   }
   if (error instanceof SyntaxError) {
-    return new Problem("No answer that can be read", "What came back is not JSON; is there another server in between?");
+    return new Problem("No answer that can be read", "What came is not JSON; is there another server in between?");
   }
-  return new Problem("The service cannot be reached", "See whether it runs and whether this device is online, then try again.");
+  return new Problem("The service cannot be reached", "See whether it runs and this device is online, and try again.");
 }
 
 async function refusal(response) {

@@ -15,7 +15,8 @@ let model = null;
 let selected = null;
 let answeredAt = -Infinity;
 
-const requests = new Requests(byId("list"), { modelFor, onchange, onselect: show });
+const maxBytes = () => model?.limits.max_bytes ?? Infinity;
+const requests = new Requests(byId("list"), { modelFor, maxBytes, onchange, onselect: show });
 
 /** The model that answered: another artefact may have gone live meanwhile. */
 async function modelFor(artifactId) {
@@ -46,7 +47,9 @@ function take(files) {
 
 function show(request) {
   selected = request;
+  const wasInside = byId("shown").contains(document.activeElement);
   byId("shown").replaceChildren(resultView(request, () => requests.again(request)));
+  if (wasInside) byId("result").focus({ preventScroll: true }); // what had the focus is gone
 }
 
 function onchange(request) {
@@ -54,8 +57,8 @@ function onchange(request) {
   sayBusy();
   if (request.state === "waiting") return;
   const { answer, problem, name } = request;
-  const finding = problem ? `${problem.title}. ${problem.detail}` : `${verdictWord(answer.verdict)}. ${comparison(answer)}`;
-  byId("said").textContent = `${name}: ${finding}`;
+  const finding = problem ? [problem.title, problem.detail] : [verdictWord(answer.verdict), comparison(answer)];
+  byId("said").textContent = `${name}: ${finding.join(". ")}`;
   if (requests.trips.length) byId("latency").textContent = latencySentence(requests.trips);
   if (problem?.status === 401) byId("key").focus();
   answeredAt = performance.now();

@@ -20,7 +20,7 @@ export function histogramPicture(width, histogram, threshold, answer) {
   const x = (value) => SIDE + ((value - domain[0]) / (domain[1] - domain[0])) * (width - 2 * SIDE);
   const floor = HEIGHT - BOTTOM;
   const parts = [
-    draw("rect", { x: x(threshold), y: TOP, width: Math.max(width - x(threshold), 0), height: floor - TOP, class: "beyond" }),
+    draw("rect", { x: x(threshold), y: TOP, width: width - x(threshold), height: floor - TOP, class: "beyond" }),
     ...bars(histogram, x, floor),
     ...axis(domain, x, floor, width),
     draw("line", { x1: x(threshold), x2: x(threshold), y1: 18, y2: floor, class: "threshold" }),
@@ -91,7 +91,8 @@ function label(at, y, width, text, kind) {
 
 function inWords(histogram, threshold, answer) {
   const count = histogram.counts.reduce((sum, value) => sum + value, 0);
-  const spread = `Scores of ${whole(count)} normal images, from ${number(histogram.edges[0])} to ${number(histogram.edges.at(-1))}; `
-    + `the threshold is ${number(threshold)}`;
+  const [low, high] = [number(histogram.edges[0]), number(histogram.edges.at(-1))];
+  const cut = `the threshold is ${number(threshold)}`;
+  const spread = `Scores of ${whole(count)} normal images, from ${low} to ${high}; ${cut}`;
   return answer === null ? `${spread}.` : `${spread} and this image's score ${number(answer.score)}.`;
 }

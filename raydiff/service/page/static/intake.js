@@ -74,9 +74,9 @@ function watchCamera(take, complain) {
 }
 
 function cameraReason(error) {
-  if (error.name === "NotAllowedError") return "The browser was not allowed to use it; allow the camera for this page and try again.";
+  if (error.name === "NotAllowedError") return "It may not be used; allow the camera for this page, then try again.";
   if (error.name === "NotFoundError") return "No camera was found; connect one and try again, or choose a file.";
-  return "It may be in use by another program; close that one and try again, or choose a file.";
+  return "Another program may be using it; close that one and try again, or choose a file.";
 }
 
 /** What the video shows now, as PNG: compressing it with losses would change the score. */
@@ -86,5 +86,6 @@ async function frame(video) {
   if (!canvas.width) return null;
   canvas.getContext("2d").drawImage(video, 0, 0);
   const blob = await new Promise((done) => canvas.toBlob(done, "image/png"));
-  return blob === null ? null : new File([blob], `camera ${new Date().toLocaleTimeString("en-GB")}.png`, { type: "image/png" });
+  const name = `camera ${new Date().toLocaleTimeString("en-GB")}.png`;
+  return blob === null ? null : new File([blob], name, { type: "image/png" });
 }

@@ -5,6 +5,12 @@ import { byId, make, sign } from "./dom.js";
 import { facts } from "./result.js";
 import { driftSentence, driftSign, number, percent, whole } from "./words.js";
 
+const FITTED = {
+  stretch: "other images are stretched to that",
+  pad: "other images are scaled, and padded at their edges",
+  strict: "other images are refused",
+};
+
 /** Facts of the model, and the rate in force in its field unless somebody is typing there. */
 export function showModel(model) {
   const { calibration, image } = model;
@@ -13,7 +19,7 @@ export function showModel(model) {
     ["Detector", model.detector + (model.pretrained ? ` on ${model.pretrained}` : "")],
     ["Artefact", make("code", {}, model.artifact_id)],
     ["Training data", trainingData(model)],
-    ["Takes", `${image.width} × ${image.height}, ${image.channels === 1 ? "grey" : "RGB"}; others are fitted (${image.resize})`],
+    ["Takes", `${image.width} × ${image.height}, ${image.channels === 1 ? "grey" : "RGB"}; ${FITTED[image.resize]}`],
     ["Threshold", `${number(calibration.threshold.value)}: ${calibration.rule}`],
     ...measured(model.metrics),
     ...(model.num_replicas === undefined ? [] : [["Replicas", `${model.num_replicas}`]]),

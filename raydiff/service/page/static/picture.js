@@ -1,6 +1,6 @@
 /** The image with the heat map and the regions over it, and what the detector rebuilt, side by side. */
 
-import { draw, make } from "./dom.js";
+import { byId, draw, make } from "./dom.js";
 import { number, percent } from "./words.js";
 
 const settings = { opacity: 80, boxes: true }; // stay as they are from image to image
@@ -18,9 +18,10 @@ export function pictures(answer, url) {
   shape(stage, answer);
   const parts = [make("figure", {}, stage, caption)];
   if (shots.reconstruction !== null) parts.push(reconstruction(answer));
+  const unmapped = () => make("p", { class: "quiet" }, "This detector has no heat map.");
   return make("div", { class: "explained" },
     make("div", { class: "pictures" }, ...parts),
-    layer === null ? make("p", { class: "quiet small" }, "This detector has no heat maps.") : controls(layer, boxes, explained),
+    layer === null ? unmapped() : controls(layer, boxes, explained),
     regions(explained));
 }
 
@@ -31,12 +32,14 @@ function png(base64) {
 /** The frame has the upright original's proportions; few pixels are shown as the squares they are. */
 function shape(frame, answer) {
   frame.style.aspectRatio = `${answer.width} / ${answer.height}`;
+  frame.style.maxWidth = `calc(55vh * ${answer.width / answer.height})`;
   frame.classList.toggle("coarse", Math.max(answer.width, answer.height) <= 256);
 }
 
 function reconstruction(answer) {
   const rebuilt = png(answer.explanation.pictures.reconstruction);
-  const frame = make("div", { class: "stage" }, make("img", { class: "base", src: rebuilt, alt: "The reconstruction" }));
+  const image = make("img", { class: "base", src: rebuilt, alt: "The reconstruction" });
+  const frame = make("div", { class: "stage" }, image);
   shape(frame, answer);
   return make("figure", {}, frame, make("figcaption", {}, "The reconstruction: how the detector would expect it."));
 }
@@ -49,7 +52,8 @@ function cannotShow(image, layer, shots, caption) {
   }
   image.src = png(shots.heat_map);
   layer.hidden = true;
-  caption.textContent = "This browser cannot show this format: the image in grey as the detector sees it, under its heat map.";
+  byId("opacity").disabled = true;
+  caption.textContent = "The image in grey under its heat map; this browser cannot show this format.";
 }
 
 function boxesPicture(answer) {
@@ -65,7 +69,8 @@ function boxesPicture(answer) {
 
 function controls(layer, boxes, explained) {
   const said = make("output", { for: "opacity" });
-  const slider = make("input", { id: "opacity", type: "range", min: "0", max: "100", step: "5", value: settings.opacity });
+  const range = { type: "range", min: "0", max: "100", step: "5", value: settings.opacity };
+  const slider = make("input", { id: "opacity", ...range });
   const follow = () => {
     settings.opacity = Number(slider.value);
     layer.style.opacity = settings.opacity / 100;

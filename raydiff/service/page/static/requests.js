@@ -1,4 +1,4 @@
-/** The images of this visit: sent a few at a time, listed newest first, gone back to with a button. Nothing is stored. */
+/** The images of this visit: sent a few at a time, listed newest first, gone back to with a button; never stored. */
 
 import * as api from "./api.js";
 import { make, sign } from "./dom.js";
@@ -8,10 +8,13 @@ const MAX_KEPT = 40;
 const AT_ONCE = 4;
 const THUMBNAIL = 56;
 
-/** Sends images and keeps their list; `onchange(request)` after each step, `onselect(request)` when one is chosen. */
+/**
+ * Sends images of at most `maxBytes()` and keeps their list. `modelFor(id)` has the model that answered;
+ * `onchange(request)` is called after each step, `onselect(request)` when one is chosen.
+ */
 export class Requests {
-  constructor(list, { modelFor, onchange, onselect }) {
-    Object.assign(this, { list, modelFor, onchange, onselect });
+  constructor(list, { modelFor, maxBytes, onchange, onselect }) {
+    Object.assign(this, { list, modelFor, maxBytes, onchange, onselect });
     this.all = [];
     this.queue = [];
     this.running = 0;
@@ -58,7 +61,7 @@ export class Requests {
       file, name: file.name || "pasted image", url: URL.createObjectURL(file), state: "waiting",
       answer: null, problem: null, note: null, tripMs: 0, model: null, button, canvas, item: make("li", {}, button),
     };
-    thumbnail(file, canvas);
+    request.painted = paintFile(canvas, file);
     this.#label(request);
     this.all.unshift(request);
     this.list.prepend(request.item);
@@ -68,16 +71,16 @@ export class Requests {
   #label(request) {
     const { state, answer, problem } = request;
     const kind = state === "answered" ? answer.verdict : state;
-    const word = { answered: () => verdictWord(answer.verdict), refused: () => problem.title, waiting: () => "Waiting" }[state]();
+    const word = state === "answered" ? verdictWord(answer.verdict) : problem?.title ?? "Waiting";
     const about = state === "answered" ? `${number(answer.score)} · ${duration(request.tripMs)}` : "";
     request.button.replaceChildren(request.canvas, sign(kind), make("span", { class: "about" },
       make("strong", {}, word), make("span", { class: "name" }, request.name), make("span", {}, about)));
   }
 
   #forget() {
-    const settled = this.all.filter((request) => request.state !== "waiting" && !request.button.hasAttribute("aria-current"));
-    while (this.all.length > MAX_KEPT && settled.length) {
-      const old = settled.pop();
+    const done = this.all.filter(({ state, button }) => state !== "waiting" && !button.hasAttribute("aria-current"));
+    while (this.all.length > MAX_KEPT && done.length) {
+      const old = done.pop();
       this.all.splice(this.all.indexOf(old), 1);
       old.item.remove();
       URL.revokeObjectURL(old.url);
@@ -101,10 +104,11 @@ export class Requests {
       this.onchange(request);
     };
     try {
-      const answer = await api.score(request.file, onwait);
+      const answer = await api.score(request.file, this.maxBytes(), onwait);
       request.tripMs = performance.now() - started;
       request.model = await this.modelFor(answer.artifact_id);
       Object.assign(request, { state: "answered", answer });
+      if (!await request.painted) await paintHeatMap(request.canvas, answer);
     } catch (problem) {
       if (!(problem instanceof api.Problem)) throw problem;
       Object.assign(request, { state: "refused", problem });
@@ -114,18 +118,33 @@ export class Requests {
   }
 }
 
-/** A small square picture of the file; left empty where the browser does not know the format. */
-async function thumbnail(file, canvas) {
+/** A small square picture of something `width` by `height`. */
+function paint(canvas, picture, width, height) {
+  const scale = THUMBNAIL / Math.max(width, height);
+  const [across, down] = [width * scale, height * scale];
+  const pen = canvas.getContext("2d");
+  pen.imageSmoothingEnabled = scale < 1;
+  pen.drawImage(picture, (THUMBNAIL - across) / 2, (THUMBNAIL - down) / 2, across, down);
+}
+
+/** False where the browser does not know the format. */
+async function paintFile(canvas, file) {
   let bitmap;
   try {
     bitmap = await createImageBitmap(file);
   } catch {
-    return;
+    return false;
   }
-  const scale = THUMBNAIL / Math.max(bitmap.width, bitmap.height);
-  const [width, height] = [bitmap.width * scale, bitmap.height * scale];
-  const pen = canvas.getContext("2d");
-  pen.imageSmoothingEnabled = scale < 1;
-  pen.drawImage(bitmap, (THUMBNAIL - width) / 2, (THUMBNAIL - height) / 2, width, height);
+  paint(canvas, bitmap, bitmap.width, bitmap.height);
   bitmap.close();
+  return true;
+}
+
+/** The service's picture instead. */
+async function paintHeatMap(canvas, { explanation, width, height }) {
+  if (explanation.pictures.heat_map === null) return;
+  const picture = new Image();
+  picture.src = `data:image/png;base64,${explanation.pictures.heat_map}`;
+  await picture.decode();
+  paint(canvas, picture, width, height);
 }

@@ -22,7 +22,7 @@ export function histogramFigure(model, threshold, answer) {
     const width = Math.floor(entry.contentRect.width);
     if (width > 0) paint(width);
   }).observe(place);
-  const text = `Scores of the ${whole(count)} normal images of the calibration; higher is stranger. Right of the dashed line is flagged.`;
+  const text = `Scores of the calibration's ${whole(count)} normal images; right of the dashed line is flagged.`;
   return make("figure", { class: "scores" }, place, make("figcaption", {}, text));
 }
 

@@ -14,11 +14,11 @@ export function number(value) {
 export const whole = (value) => WHOLE.format(value);
 
 /** A share as a percentage. */
-export const percent = (share) => `${SHORT.format(100 * share)} %`;
+export const percent = (share) => `${SHORT.format(100 * share)}\u00a0%`;
 
 /** Milliseconds, or seconds from 1 on. */
 export function duration(ms) {
-  return ms >= 1000 ? `${(ms / 1000).toFixed(1)} s` : `${ms < 9.95 ? SHORT.format(ms) : WHOLE.format(ms)} ms`;
+  return ms >= 1000 ? `${(ms / 1000).toFixed(1)}\u00a0s` : `${ms < 9.95 ? SHORT.format(ms) : WHOLE.format(ms)}\u00a0ms`;
 }
 
 /** The verdict as a word. */
@@ -26,13 +26,13 @@ export const verdictWord = (verdict) => (verdict === "anomalous" ? "Anomalous" :
 
 /** How the score lies to the threshold. */
 export function comparison(answer) {
-  const above = answer.verdict === "anomalous";
-  return `Score ${number(answer.score)}, ${above ? "above" : "not above"} the threshold of ${number(answer.threshold)}.`;
+  const side = answer.verdict === "anomalous" ? "above" : "not above";
+  return `Score ${number(answer.score)}, ${side} the threshold of ${number(answer.threshold)}.`;
 }
 
 /** The conformal p-value in a sentence; its least possible value is 1 / (n + 1) for n calibration images. */
 export function pValueSentence(p, numImages) {
-  const value = `p = ${SHORT.format(p)}`;
+  const value = `p\u00a0=\u00a0${SHORT.format(p)}`;
   if (p <= 1.000001 / (numImages + 1)) {
     return `None of the ${whole(numImages)} normal images of the calibration scored as high (${value}).`;
   }
@@ -57,13 +57,16 @@ export function driftSentence(drift) {
     "moderate shift": "have moved somewhat away from the calibration's",
     "major shift": "have moved far away from the calibration's; see what changed, or calibrate anew",
   }[drift.claim];
-  return `The last ${live} scores ${finding} (stability index ${SHORT.format(drift.psi)}, by chance up to `
-    + `${SHORT.format(drift.psi_by_chance)}). Flagged: ${percent(drift.share_flagged)} (95 % interval ${percent(low)} to `
-    + `${percent(high)}); the target is ${percent(drift.target_fpr)} of normal images.`;
+  const index = `stability index ${SHORT.format(drift.psi)}, by chance up to ${SHORT.format(drift.psi_by_chance)}`;
+  const flagged = `${percent(drift.share_flagged)} (95\u00a0% interval ${percent(low)} to ${percent(high)})`;
+  const target = `the target is ${percent(drift.target_fpr)} of normal images`;
+  return `The last ${live} scores ${finding} (${index}). Flagged: ${flagged}; ${target}.`;
 }
 
 /** Whether drift calls for a look: a kind of sign. */
-export const driftSign = ({ claim }) => ({ "stable": "normal", "moderate shift": "anomalous", "major shift": "anomalous" })[claim] ?? "waiting";
+export function driftSign({ claim }) {
+  return { "stable": "normal", "moderate shift": "anomalous", "major shift": "anomalous" }[claim] ?? "waiting";
+}
 
 /** Where the time of one request went. */
 export function timingSentence(answer, tripMs) {
@@ -80,5 +83,5 @@ export function latencySentence(trips) {
   const half = sorted.length >> 1;
   const median = sorted.length % 2 ? sorted[half] : (sorted[half - 1] + sorted[half]) / 2;
   if (sorted.length === 1) return `One request, ${duration(median)} there and back.`;
-  return `${sorted.length} requests: ${duration(median)} there and back in the middle, ${duration(sorted.at(-1))} at most.`;
+  return `${sorted.length} requests: ${duration(median)} there and back (median), ${duration(sorted.at(-1))} at most.`;
 }
