@@ -17,6 +17,7 @@ from raydiff.shards import ShardSet, write_shards
 
 os.environ |= {
     "RAY_AUTH_MODE": "disabled",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback also where a test imports ray before raydiff.distributed
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
     "OMP_NUM_THREADS": "1",

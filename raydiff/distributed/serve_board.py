@@ -17,6 +17,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from raydiff.distributed.serve_loopback import keep_ports_local
+
 __all__ = ["Board", "Report", "Wanted"]
 
 _SILENT_S = 5.0
@@ -53,6 +55,7 @@ class Board:
     """Runs once in the application; every call takes microseconds."""
 
     def __init__(self, wanted: Wanted) -> None:
+        keep_ports_local()
         self._wanted = wanted
         self._reports: dict[str, Report] = {}
         self._reached: dict[str, tuple[float, int]] = {}

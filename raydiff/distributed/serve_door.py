@@ -22,6 +22,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from raydiff.distributed.serve_api import make_api
 from raydiff.distributed.serve_board import Report, Wanted
+from raydiff.distributed.serve_loopback import keep_ports_local
 from raydiff.distributed.serve_metrics import DoorMetrics
 from raydiff.distributed.serve_problems import Refusal, of_problem, of_status, over_capacity, problem_response
 from raydiff.distributed.serve_requests import Keys, read_image, read_images, read_json
@@ -40,6 +41,7 @@ class Door:
     """One process that takes requests; :mod:`raydiff.distributed.serve_app` makes the ingress of it."""
 
     def __init__(self, settings: dict[str, Any], scorer: Any, board: Any) -> None:
+        keep_ports_local()
         self._settings = ServeSettings.model_validate(settings)
         self._scorer, self._board = scorer, board
         self._keys = Keys.read(self._settings.api_key_file)

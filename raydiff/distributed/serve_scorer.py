@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ray import serve
 
 from raydiff.distributed.serve_board import Report, Wanted
+from raydiff.distributed.serve_loopback import keep_ports_local
 from raydiff.distributed.serve_settings import ServeSettings
 from raydiff.errors import ArtifactError, RaydiffError, ScoreError
 from raydiff.experiment import artifact_of
@@ -73,6 +74,7 @@ class Scorer:
 
     def __init__(self, settings: dict[str, Any], board: Any) -> None:
         """The artefact is loaded in :meth:`reconfigure`, which Serve calls before the replica counts as ready."""
+        keep_ports_local()
         self._settings = ServeSettings.model_validate(settings)
         self._board = board
         self._name = str(serve.get_replica_context().replica_id.unique_id)

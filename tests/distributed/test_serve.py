@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,41 @@ def test_who_goes_away_gives_the_place_back(url: str, client: httpx.Client, file
             raw.sendall(head.encode())
         until(lambda: client.post("/v1/score", content=data).status_code == 503)
     until(lambda: client.post("/v1/score", content=data).status_code == 200, 5)
+
+
+def test_no_process_of_it_can_be_reached_from_other_machines(url: str) -> None:
+    assert socket.gethostbyname(httpx.URL(url).host) == "127.0.0.1"
+    mine, listening = family_of(os.getpid()), set()
+    for pid in mine:
+        inodes = {name[8:-1] for name in open_files(pid) if name.startswith("socket:[")}
+        for table in ("tcp", "tcp6"):
+            for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and fields[9] in inodes:
+                    listening.add(fields[1].split(":")[0])
+    assert len(mine) > 5
+    assert listening <= {"0100007F", "0000000000000000FFFF00000100007F"}  # 127.0.0.1, also in IPv6's words
+
+
+def family_of(pid: int) -> set[int]:
+    """A process and all that it started."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    family = {pid}
+    while more := {child for child, parent in parents.items() if parent in family} - family:
+        family |= more
+    return family
+
+
+def open_files(pid: int) -> set[str]:
+    found = set()
+    with suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                found.add(str(link.readlink()))
+    return found
 
 
 # --- what can be changed ----------------------------------------------------------------------------------------------
