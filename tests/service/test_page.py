@@ -18,9 +18,12 @@ import pytest
 from PIL import Image
 from torch import Tensor
 
+from raydiff.config import ExperimentConfig
+from raydiff.experiment import fit_baselines
 from raydiff.images import encode_png, to_uint8
 from raydiff.service import Limits, ProblemError, ScoredImage, ScoringService
 from raydiff.service.page import HEADERS, page_files
+from raydiff.shards import ShardSet
 from raydiff.testing import planted_defect
 
 if TYPE_CHECKING:
@@ -264,6 +267,37 @@ def test_a_format_the_browser_does_not_know_is_shown_by_the_service(page: Browse
         "(c => c.getContext('2d').getImageData(28, 28, 1, 1).data[3])(document.querySelector('#list canvas')) > 0"
     )
     assert "TIFF, 48 × 32" in page.text("#result")
+
+
+def test_a_new_artefact_and_drift_are_shown_as_they_come(
+    page: Browser,
+    server: Server,
+    files: dict[str, Path],
+    tiny_config: ExperimentConfig,
+    digit_shards: ShardSet,
+    tmp_path: Path,
+) -> None:
+    """The new one draws no maps and rebuilds nothing; most images it gets are broken."""
+    service = server.service
+    next(fit_baselines(tiny_config, digit_shards, ["knn"])).save(tmp_path / "knn")
+    service.roll(tmp_path / "knn")
+    try:
+        page.choose(files["plain.png"])
+        page.until("document.querySelector('.verdict.normal') !== null")
+        assert service.artifact_id in page.text("#facts")
+        assert service.artifact_id in page.text("#result")
+        assert "no heat map" in page.text("#result")
+        assert page.run("document.querySelectorAll('.stage').length") == 1
+        page.until("document.querySelector('#drift-sentence').textContent.startsWith('Too early to say: 1 of the 50')")
+        broken = service.receive(files["broken.png"].read_bytes())
+        service.score([broken] * 60)
+        page.choose(files["plain.png"])
+        page.until("document.querySelector('#drift-sentence .sign.anomalous') !== null")
+        sentence = page.text("#drift-sentence")
+        assert sentence.startswith("The last 62 scores have moved far away from the calibration's")
+        assert f"Flagged: {100 * (service.drift().share_flagged or 0):.2g}\u00a0%" in sentence
+    finally:
+        service.roll_back()
 
 
 def test_images_can_be_dropped_pasted_and_taken(page: Browser, files: dict[str, Path]) -> None:
