@@ -318,6 +318,16 @@ def test_images_can_be_dropped_pasted_and_taken(page: Browser, files: dict[str, 
     assert page.run("document.querySelector('#video').srcObject === null")
 
 
+def test_of_many_images_the_last_are_kept(page: Browser, server: Server, files: dict[str, Path]) -> None:
+    before = server.service.drift().num_scores
+    page.choose(*[files["plain.png"]] * 45)
+    page.until("document.querySelectorAll('#list .sign.waiting').length === 0")
+    assert server.service.drift().num_scores == before + 45
+    assert page.run("document.querySelectorAll('#list li').length") == 40
+    assert page.run("document.querySelector('#list [aria-current]') !== null")
+    assert page.text("#latency").startswith("40 requests: ")
+
+
 def test_a_key_is_asked_for_and_lives_in_memory_only(page: Browser, server: Server, files: dict[str, Path]) -> None:
     server.key = "correct horse"
     page.choose(files["plain.png"])

@@ -8,12 +8,14 @@ import { Requests } from "./requests.js";
 import { histogramFigure, resultView } from "./result.js";
 import { comparison, latencySentence, verdictWord } from "./words.js";
 
+const DRIFT_AFTER_MS = 1200; // replicas report once a second
 const LOOK_EVERY_MS = 10_000;
 const LOOK_FOR_MS = 120_000; // after the last image: a page left open must not keep replicas awake
 
 let model = null;
 let selected = null;
 let answeredAt = -Infinity;
+let soon = 0;
 
 const maxBytes = () => model?.limits.max_bytes ?? Infinity;
 const requests = new Requests(byId("list"), { modelFor, maxBytes, onchange, onselect: show });
@@ -62,7 +64,8 @@ function onchange(request) {
   if (requests.trips.length) byId("latency").textContent = latencySentence(requests.trips);
   if (problem?.status === 401) byId("key").focus();
   answeredAt = performance.now();
-  refreshDrift();
+  clearTimeout(soon);
+  soon = setTimeout(refreshDrift, DRIFT_AFTER_MS);
 }
 
 /** What may change without the page: drift, the artefact, the number of replicas. */

@@ -59,9 +59,9 @@ export class Requests {
     const canvas = make("canvas", { width: THUMBNAIL, height: THUMBNAIL, "aria-hidden": "true" });
     const request = {
       file, name: file.name || "pasted image", url: URL.createObjectURL(file), state: "waiting",
-      answer: null, problem: null, note: null, tripMs: 0, model: null, button, canvas, item: make("li", {}, button),
+      answer: null, problem: null, note: null, tripMs: 0, model: null, painted: null, button, canvas,
+      item: make("li", {}, button),
     };
-    request.painted = paintFile(canvas, file);
     this.#label(request);
     this.all.unshift(request);
     this.list.prepend(request.item);
@@ -98,6 +98,7 @@ export class Requests {
   }
 
   async #send(request) {
+    request.painted ??= paintFile(request.canvas, request.file); // here, so that few files are decoded at once
     const started = performance.now();
     const onwait = (seconds) => {
       request.note = `The service is full; trying again in ${seconds} s.`;
@@ -108,12 +109,13 @@ export class Requests {
       request.tripMs = performance.now() - started;
       request.model = await this.modelFor(answer.artifact_id);
       Object.assign(request, { state: "answered", answer });
-      if (!await request.painted) await paintHeatMap(request.canvas, answer);
+      request.painted.then((done) => done || paintHeatMap(request.canvas, answer));
     } catch (problem) {
       if (!(problem instanceof api.Problem)) throw problem;
       Object.assign(request, { state: "refused", problem });
     }
     this.#label(request);
+    this.#forget();
     this.onchange(request);
   }
 }
