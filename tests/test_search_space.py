@@ -465,3 +465,10 @@ def test_the_manuals_example_is_a_search_space(tmp_path: Path, digits: Experimen
     space.check(digits, "my_space.yaml")
     shown = set(yaml.safe_load(example))
     assert shown | {"num_workers", "sampler", "sampler_seed"} >= set(SearchSpace.model_fields) - {"num_gpus"}
+
+
+def test_curves_use_seeds_that_did_not_choose_the_best_point() -> None:
+    assert space_of(LEARNING_RATE, seeds=[1], refit_seeds=[2]).around_seeds == (0, 3, 4)
+    assert space_of(LEARNING_RATE, around={"seeds": [7]}).around_seeds == (7,)
+    with pytest.raises(ValueError, match=r"around\.seeds has 1, which seeds has too; .* give others"):
+        space_of(LEARNING_RATE, seeds=[1], around={"seeds": [1, 2]})

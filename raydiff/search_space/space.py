@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -55,7 +56,9 @@ class Around(Section):
     """One-at-a-time curves around the best point."""
 
     values: int = Field(5, ge=2, description="values per parameter; all of a categorical's")
-    seeds: tuple[int, ...] = Field((1, 2, 3), min_length=1, description="trainings per value; not the search's")
+    seeds: tuple[int, ...] | None = Field(
+        None, min_length=1, description="trainings per value; by default three that the search has not used"
+    )
 
 
 class SearchSpace(Section):
@@ -101,7 +104,7 @@ class SearchSpace(Section):
         if self.num_gpus > 1 and not self.num_gpus.is_integer():
             raise ValueError(f"num_gpus is {self.num_gpus:g}; above 1 it must be a whole number")
         lists = {"seeds": self.seeds, "refit_seeds": self.refit_seeds}
-        if self.around is not None:
+        if self.around is not None and self.around.seeds is not None:
             lists["around.seeds"] = self.around.seeds
         for key, seeds in lists.items():
             if bad := [seed for seed in seeds if not 0 <= seed < 2**31]:
@@ -119,6 +122,14 @@ class SearchSpace(Section):
                     " so give others"
                 )
         return self
+
+    @property
+    def around_seeds(self) -> tuple[int, ...]:
+        """Seeds of the curves: those given, or three that neither search nor refit use."""
+        if self.around is not None and self.around.seeds is not None:
+            return self.around.seeds
+        used = {*self.seeds, *self.refit_seeds}
+        return tuple(itertools.islice((seed for seed in itertools.count() if seed not in used), 3))
 
     @property
     def workers(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def curves(job: Job, best: Setting) -> list[Curve]:
     found: dict[str, tuple[Job, list[tuple[Mapping[str, Any], str | None]]]] = {}
     for params, varied in [(dict(best.params), None), *_varied(space, best.params, around.values)]:
         of_training = {path: value for path, value in params.items() if path in space.paths(TRAINING)}
-        one = Job(job.out, job.shards, space, job.config, of_training, around.seeds, phase="around", device=job.device)
+        one = replace(job, params=of_training, seeds=space.around_seeds, phase="around", trial=None)
         try:
             key = one.key
         except ConfigError:  # invalid together, though each is in range
