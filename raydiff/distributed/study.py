@@ -63,9 +63,7 @@ def open_study(space: SearchSpace, out: Path, *, storage: str, name: str, identi
     return study
 
 
-def find_study(
-    space: SearchSpace, *, storage: str, name: str, identity: Mapping[str, str] | None
-) -> optuna.Study | None:
+def find_study(space: SearchSpace, *, storage: str, name: str, identity: Mapping[str, str]) -> optuna.Study | None:
     """The study as it is, to be looked at; None where there is none. Nothing is made.
 
     Raises:
