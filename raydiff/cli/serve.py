@@ -25,9 +25,7 @@ __all__ = ["serve"]
 @click.option("--max-batch-size", default=8, show_default=True, help="Images scored in one call.")
 @click.option("--batch-wait-ms", default=5.0, show_default=True, help="How long a batch waits to be full.")
 @click.option("--num-cpus", default=1.0, show_default=True, help="CPUs of a replica; fractions too.")
-@click.option(
-    "--num-gpus", default=0.0, show_default=True, help="GPUs of a replica; 0 scores on the CPU."
-)
+@click.option("--num-gpus", default=0.0, show_default=True, help="GPUs of a replica; 0 scores on the CPU.")
 @click.option("--timeout-s", default=30.0, show_default=True, help="An answer takes no longer.")
 @click.option("--max-mb", default=32.0, show_default=True, help="Megabytes of an image.")
 @click.option("--max-pixels", default=64_000_000, show_default=True, help="Pixels of an image.")

@@ -65,5 +65,5 @@ def _autoscaling(settings: ServeSettings) -> AutoscalingConfig:
         upscale_delay_s=settings.upscale_delay_s,
         downscale_delay_s=settings.downscale_delay_s,
         downscale_to_zero_delay_s=settings.downscale_delay_s,
-        look_back_period_s=max(2.0, min(30.0, settings.downscale_delay_s)),
+        look_back_period_s=max(11.0, min(30.0, settings.downscale_delay_s)),  # Serve wants more than 10
     )

@@ -110,13 +110,13 @@ class Board:
 
     async def _settled(self, wait_s: float) -> Wanted:
         until = time.monotonic() + wait_s
-        aim = self._wanted.version
-        while time.monotonic() < until and self._wanted.version == aim:
+        aim = self._wanted.artifact_id
+        while time.monotonic() < until and self._wanted.artifact_id == aim:
             self._forget()
-            if all(reached >= aim for _, reached in self._reached.values()):
+            if all(reached >= self._wanted.version for _, reached in self._reached.values()):
                 break
             await asyncio.sleep(0.02)
-        if not self._wanted.settled and self._wanted.version == aim:
+        if not self._wanted.settled and self._wanted.artifact_id == aim:
             self._change(settled=True)
         return self._wanted
 

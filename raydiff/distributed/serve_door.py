@@ -34,6 +34,9 @@ from raydiff.service.page import HEADERS, page_files
 __all__ = ["Door"]
 
 _log = logging.getLogger("ray.serve")
+_ROLL_S = 30.0
+"""A roll waits for all replicas so long before it answers."""
+_BOARD_S = 5.0
 _PLAIN = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 
 
@@ -104,7 +107,8 @@ class Door:
 
         async def answer() -> Response:
             found = await self._ask("model")
-            wanted, reports = await self._wanted(), await self._reports()
+            wanted: Wanted = await self._ask_board("wanted")
+            reports = await self._reports()
             found["previous_artifact_id"] = wanted.previous[1] if wanted.previous else None
             return JSONResponse(found | {"num_replicas": len(reports)}, headers=_PLAIN)
 
@@ -122,7 +126,7 @@ class Door:
                 raise of_problem(
                     ProblemError("invalid-target-rate", "Give a target rate between 0 and 1, say 0.01; null resets it.")
                 )
-            await self._board.set_rate.remote(rate)
+            await self._ask_board("set_rate", rate)
             return JSONResponse(await self._ask("threshold"), headers=_PLAIN)
 
         return await self._answer("threshold", request, answer)
@@ -146,7 +150,7 @@ class Door:
             found = await self._ask("try_artifact", str(folder))
             if isinstance(found, RaydiffError):
                 raise Refusal("artifact-unusable", str(found).replace(f"{folder}", "the artefact"))
-            return _rolled(await self._board.roll.remote(str(folder), found))
+            return _rolled(await self._ask_board("roll", str(folder), found, _ROLL_S, within=_ROLL_S + _BOARD_S))
 
         return await self._answer("roll", request, answer)
 
@@ -156,7 +160,7 @@ class Door:
         async def answer() -> Response:
             self._root()
             await read_json(request)
-            wanted = await self._board.roll_back.remote()
+            wanted = await self._ask_board("roll_back", _ROLL_S, within=_ROLL_S + _BOARD_S)
             if wanted is None:
                 raise of_problem(ProblemError("no-previous-artifact", "No other artefact was live before this one."))
             return _rolled(wanted)
@@ -169,7 +173,10 @@ class Door:
 
     async def readyz(self) -> Response:
         """A replica is there to score; with none at least wanted, one would be started."""
-        ready = self._settings.min_replicas == 0 or len(await self._reports()) > 0
+        try:
+            ready = self._settings.min_replicas == 0 or len(await self._reports()) > 0
+        except Refusal:
+            ready = False
         if ready:
             return PlainTextResponse("ready\n", headers=_PLAIN)
         return PlainTextResponse("no replica answers\n", status_code=503, headers=_PLAIN | {"Retry-After": "1"})
@@ -249,14 +256,22 @@ class Door:
                 raise over_capacity() from None
             except ray.exceptions.RayActorError:
                 _log.warning("a replica ended during %s", method)
+            except ray.exceptions.RayTaskError as error:
+                _log.error("%s failed in a replica", method, exc_info=error)
+                raise Refusal("internal", "The replica failed; its log says why. Try again.") from None
         raise Refusal("replica-lost", "The image may be what ends it; send it once more.", headers={"Retry-After": "5"})
 
-    async def _reports(self) -> list[Report]:
-        found: list[Report] = await self._board.reports.remote()
-        return found
+    async def _ask_board(self, method: str, *arguments: Any, within: float = _BOARD_S) -> Any:
+        try:
+            return await asyncio.wait_for(_result(getattr(self._board, method).remote(*arguments)), within)
+        except (TimeoutError, ray.exceptions.RayActorError):
+            raise Refusal(
+                "board-lost", "What the replicas are to serve cannot be asked now; try again in a few seconds.",
+                headers={"Retry-After": "5"},
+            ) from None  # fmt: skip
 
-    async def _wanted(self) -> Wanted:
-        found: Wanted = await self._board.wanted.remote()
+    async def _reports(self) -> list[Report]:
+        found: list[Report] = await self._ask_board("reports")
         return found
 
     def _root(self) -> Path:

@@ -15,6 +15,7 @@ artifact-unusable       422     the artefact cannot serve; the one so far goes o
 internal                500     a fault of the service; its log says which
 over-capacity           503     no place in the queue; ``Retry-After`` says when to ask again
 replica-lost            503     the replica that was scoring ended, twice
+board-lost              503     the process that knows what is to be served is being started again
 timed-out               504     no answer within the time allowed
 ======================  ======  ======================================================================
 """
@@ -42,6 +43,7 @@ _TITLES = {
     "internal": (500, "The service failed"),
     "over-capacity": (503, "The service is at capacity"),
     "replica-lost": (503, "The replica ended while it scored"),
+    "board-lost": (503, "The service is being mended"),
     "timed-out": (504, "The answer took too long"),
 }
 _OF_STATUS = {404: "not-found", 405: "method-not-allowed", 415: "unsupported-media-type"}

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import ray
 import torch
 import yaml
 from click.testing import CliRunner
@@ -24,13 +26,13 @@ from openapi_spec_validator import validate
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from ray.serve.schema import ServeDeploySchema
-from ray.util import list_named_actors
 from torch import Tensor
 
 from raydiff.batch import score_files
 from raydiff.cli import main
 from raydiff.detector import DiffusionDetector, load_detector
 from raydiff.distributed.serve import is_loopback, serving
+from raydiff.distributed.serve_board import Board, Wanted
 from raydiff.distributed.serve_scorer import ReplicaService
 from raydiff.distributed.serve_settings import ServeSettings
 from raydiff.errors import ConfigError, ScoreError
@@ -39,6 +41,7 @@ from raydiff.images import encode_png, to_uint8
 pytestmark = pytest.mark.distributed
 
 KEY = "a-key-for-the-tests-only"
+START = Wanted("epoch", "/old", "1")
 PLACES = 8 + 2 * 8
 """Of the application below: images that wait, and those in two replicas."""
 
@@ -411,17 +414,58 @@ def test_a_replica_that_is_killed_costs_no_answer(url: str, client: httpx.Client
             statuses.append(client.post("/v1/score", content=data).status_code)
         return statuses
 
-    names = [name for name in list_named_actors(all_namespaces=True) if "#scorer#" in name["name"]]
-    assert len(names) == 2
+    replicas = [pid for pid in family_of(os.getpid()) if b":scorer" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(replicas) == 2
     with ThreadPoolExecutor(8) as pool:
         running = [pool.submit(load, i) for i in range(8)]
         try:
-            time.sleep(0.3)
-            ray.kill(ray.get_actor(**names[0]))
+            time.sleep(0.5)
+            os.kill(replicas[0], signal.SIGKILL)
             time.sleep(1.5)
         finally:
             going = False
         assert {status for job in running for status in job.result()} == {200}
+
+
+# --- what all replicas follow -----------------------------------------------------------------------------------------
+
+
+def test_a_roll_is_settled_when_every_replica_has_it() -> None:
+    async def play() -> None:
+        board = Board(START)
+        assert await board.follow("a", START, 0) == START
+        await board.follow("b", START, 0)
+        rolling = asyncio.create_task(board.roll("/new", "2"))
+        await asyncio.sleep(0.05)
+        unsettled = await board.follow("a", START, 0)
+        assert (unsettled.artifact_id, unsettled.settled, unsettled.previous) == ("2", False, ("/old", "1"))
+        await board.follow("a", unsettled, unsettled.version)
+        changed = await board.set_rate(0.2)  # meanwhile
+        await board.follow("a", changed, changed.version)
+        await asyncio.sleep(0.05)
+        assert not rolling.done()
+        await board.follow("b", changed, changed.version)
+        done = await asyncio.wait_for(rolling, 1)
+        assert (done.artifact_id, done.settled, done.target_fpr) == ("2", True, 0.2)
+        back = await board.roll_back(0.05)  # no replica takes it up: none scores before it has it
+        assert back is not None
+        assert (back.artifact_id, back.settled, back.previous) == ("1", True, ("/new", "2"))
+
+    asyncio.run(play())
+
+
+def test_a_board_that_was_started_again_learns_from_the_replicas() -> None:
+    async def play() -> None:
+        first = Board(START)
+        assert await first.roll_back() is None
+        later = await first.set_rate(0.3)
+        second = Board(START)
+        assert await second.follow("a", later, later.version) == later
+        assert await second.follow("b", START, 0) == later
+        other = replace(later, epoch="another application", version=99)
+        assert await second.follow("c", other, 99) == later
+
+    asyncio.run(play())
 
 
 # --- before it starts -------------------------------------------------------------------------------------------------
