@@ -486,7 +486,12 @@ def test_what_cannot_work_is_refused_at_the_start(run_dir: Path, root: Path, tmp
     assert "min_replicas is 3, more than max_replicas" in refused(run_dir, "--min-replicas", 3)
     assert "artifact_root" in refused(run_dir, "--artifact-root", tmp_path / "nowhere")
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert "choose another --port" in refused(run_dir, "--port", taken.getsockname()[1])
+        port = taken.getsockname()[1]
+        assert "choose another --port" in refused(run_dir, "--port", port)
+        open_to_all = refused(run_dir, "--port", port, "--host", "0.0.0.0")
+        assert "0.0.0.0 lets other machines in; there is no TLS and no API key is asked for" in open_to_all
+    if not torch.cuda.is_available():
+        assert "cuda" in refused(run_dir, "--num-gpus", 1)
 
 
 def test_a_config_file_for_serve_deploy_is_written(run_dir: Path, tmp_path: Path) -> None:
