@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 import json
@@ -13,35 +12,25 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import torch
-import yaml
-from click.testing import CliRunner
 from openapi_spec_validator import validate
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
-from ray.serve.schema import ServeDeploySchema
 from torch import Tensor
 
 from raydiff.batch import score_files
-from raydiff.cli import main
 from raydiff.detector import DiffusionDetector, load_detector
-from raydiff.distributed.serve import is_loopback, serving
-from raydiff.distributed.serve_board import Board, Wanted
-from raydiff.distributed.serve_scorer import ReplicaService
+from raydiff.distributed.serve import serving
 from raydiff.distributed.serve_settings import ServeSettings
-from raydiff.errors import ConfigError, ScoreError
 from raydiff.images import encode_png, to_uint8
 
 pytestmark = pytest.mark.distributed
 
 KEY = "a-key-for-the-tests-only"
-START = Wanted("epoch", "/old", "1")
 PLACES = 8 + 2 * 8
 """Of the application below: images that wait, and those in two replicas."""
 
@@ -425,105 +414,3 @@ def test_a_replica_that_is_killed_costs_no_answer(url: str, client: httpx.Client
         finally:
             going = False
         assert {status for job in running for status in job.result()} == {200}
-
-
-# --- what all replicas follow -----------------------------------------------------------------------------------------
-
-
-def test_a_roll_is_settled_when_every_replica_has_it() -> None:
-    async def play() -> None:
-        board = Board(START)
-        assert await board.follow("a", START, 0) == START
-        await board.follow("b", START, 0)
-        rolling = asyncio.create_task(board.roll("/new", "2"))
-        await asyncio.sleep(0.05)
-        unsettled = await board.follow("a", START, 0)
-        assert (unsettled.artifact_id, unsettled.settled, unsettled.previous) == ("2", False, ("/old", "1"))
-        await board.follow("a", unsettled, unsettled.version)
-        changed = await board.set_rate(0.2)  # meanwhile
-        await board.follow("a", changed, changed.version)
-        await asyncio.sleep(0.05)
-        assert not rolling.done()
-        await board.follow("b", changed, changed.version)
-        done = await asyncio.wait_for(rolling, 1)
-        assert (done.artifact_id, done.settled, done.target_fpr) == ("2", True, 0.2)
-        back = await board.roll_back(0.05)  # no replica takes it up: none scores before it has it
-        assert back is not None
-        assert (back.artifact_id, back.settled, back.previous) == ("1", True, ("/new", "2"))
-
-    asyncio.run(play())
-
-
-def test_a_board_that_was_started_again_learns_from_the_replicas() -> None:
-    async def play() -> None:
-        first = Board(START)
-        assert await first.roll_back() is None
-        later = await first.set_rate(0.3)
-        second = Board(START)
-        assert await second.follow("a", later, later.version) == later
-        assert await second.follow("b", START, 0) == later
-        other = replace(later, epoch="another application", version=99)
-        assert await second.follow("c", other, 99) == later
-
-    asyncio.run(play())
-
-
-# --- before it starts -------------------------------------------------------------------------------------------------
-
-
-def refused(*arguments: object) -> str:
-    result = CliRunner().invoke(main, ["serve", *map(str, arguments)])
-    assert result.exit_code in (1, 2), result.output
-    return result.output
-
-
-def test_what_cannot_work_is_refused_at_the_start(run_dir: Path, root: Path, tmp_path: Path) -> None:
-    short = tmp_path / "keys"
-    short.write_text("short\n")
-    assert "was altered" in refused(root / "damaged") or "truncated" in refused(root / "damaged")
-    assert "no such folder" in refused(tmp_path / "nothing")
-    assert "less than 16 characters" in refused(run_dir, "--api-key-file", short)
-    assert "min_replicas is 3, more than max_replicas" in refused(run_dir, "--min-replicas", 3)
-    assert "artifact_root" in refused(run_dir, "--artifact-root", tmp_path / "nowhere")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        assert "choose another --port" in refused(run_dir, "--port", port)
-        open_to_all = refused(run_dir, "--port", port, "--host", "0.0.0.0")
-        assert "0.0.0.0 lets other machines in; there is no TLS and no API key is asked for" in open_to_all
-    if not torch.cuda.is_available():
-        assert "cuda" in refused(run_dir, "--num-gpus", 1)
-
-
-def test_a_config_file_for_serve_deploy_is_written(run_dir: Path, tmp_path: Path) -> None:
-    out = tmp_path / "serve.yaml"
-    result = CliRunner().invoke(main, ["serve", str(run_dir), "--max-replicas", "3", "--write-config", str(out)])
-    assert result.exit_code == 0, result.output
-    config = yaml.safe_load(out.read_text())
-    ServeDeploySchema.model_validate(config)
-    assert config["http_options"]["host"] == "127.0.0.1"
-    settings = ServeSettings.of(config["applications"][0]["args"])
-    assert (settings.artifact, settings.max_replicas) == (str(run_dir), 3)
-
-
-def test_a_replica_notices_that_its_detector_is_spoilt(run_dir: Path) -> None:
-    service = ReplicaService(run_dir / "artifact")
-    before = service.metrics()
-    service.check()
-    assert service.metrics() == before
-    with torch.no_grad():
-        for weights in service._roll.lineup.live.detector.network.parameters():
-            weights.mul_(0.5)
-    with pytest.raises(ScoreError, match="a stored image scored"):
-        service.check()
-
-
-def test_settings_name_what_is_wrong() -> None:
-    with pytest.raises(ConfigError, match="max_batch_size"):
-        ServeSettings.of({"artifact": "a", "max_batch_size": 0})
-    with pytest.raises(ConfigError, match="replicas"):
-        ServeSettings.of({"artifact": "a", "replicas": 1})
-
-
-def test_which_hosts_only_this_machine_reaches() -> None:
-    assert all(map(is_loopback, ("127.0.0.1", "127.3.2.1", "::1", "localhost")))
-    assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "example.org")))

@@ -1,0 +1,82 @@
+"""Before the endpoint starts: what cannot work is refused with the remedy; its config file; its health check."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from ray.serve.schema import ServeDeploySchema
+
+from raydiff.cli import main
+from raydiff.detector import DiffusionDetector
+from raydiff.distributed.serve import is_loopback
+from raydiff.distributed.serve_scorer import ReplicaService
+from raydiff.distributed.serve_settings import ServeSettings
+from raydiff.errors import ConfigError, ScoreError
+
+pytestmark = pytest.mark.distributed
+
+
+def refused(*arguments: object) -> str:
+    result = CliRunner().invoke(main, ["serve", *map(str, arguments)])
+    assert result.exit_code in (1, 2), result.output
+    return result.output
+
+
+def test_what_cannot_work_is_refused_at_the_start(run_dir: Path, detector: DiffusionDetector, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    detector.save(damaged)
+    (damaged / "weights.safetensors").write_bytes(b"")
+    short = tmp_path / "keys"
+    short.write_text("short\n")
+    assert "is truncated or was changed" in refused(damaged)
+    assert "no such folder" in refused(tmp_path / "nothing")
+    assert "less than 16 characters" in refused(run_dir, "--api-key-file", short)
+    assert "min_replicas is 3, more than max_replicas" in refused(run_dir, "--min-replicas", 3)
+    assert "artifact_root" in refused(run_dir, "--artifact-root", tmp_path / "nowhere")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert "choose another --port" in refused(run_dir, "--port", port)
+        open_to_all = refused(run_dir, "--port", port, "--host", "0.0.0.0")
+        assert "0.0.0.0 lets other machines in; there is no TLS and no API key is asked for" in open_to_all
+    if not torch.cuda.is_available():
+        assert "cuda" in refused(run_dir, "--num-gpus", 1)
+
+
+def test_a_config_file_for_serve_deploy_is_written(run_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "serve.yaml"
+    result = CliRunner().invoke(main, ["serve", str(run_dir), "--max-replicas", "3", "--write-config", str(out)])
+    assert result.exit_code == 0, result.output
+    config = yaml.safe_load(out.read_text())
+    ServeDeploySchema.model_validate(config)
+    assert config["http_options"]["host"] == "127.0.0.1"
+    settings = ServeSettings.of(config["applications"][0]["args"])
+    assert (settings.artifact, settings.max_replicas) == (str(run_dir), 3)
+
+
+def test_a_replica_notices_that_its_detector_is_spoilt(run_dir: Path) -> None:
+    service = ReplicaService(run_dir / "artifact")
+    before = service.metrics()
+    service.check()
+    assert service.metrics() == before
+    with torch.no_grad():
+        for weights in service._roll.lineup.live.detector.network.parameters():
+            weights.mul_(0.5)
+    with pytest.raises(ScoreError, match="a stored image scored"):
+        service.check()
+
+
+def test_settings_name_what_is_wrong() -> None:
+    with pytest.raises(ConfigError, match="max_batch_size"):
+        ServeSettings.of({"artifact": "a", "max_batch_size": 0})
+    with pytest.raises(ConfigError, match="replicas"):
+        ServeSettings.of({"artifact": "a", "replicas": 1})
+
+
+def test_which_hosts_only_this_machine_reaches() -> None:
+    assert all(map(is_loopback, ("127.0.0.1", "127.3.2.1", "::1", "localhost")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "example.org")))
