@@ -77,12 +77,9 @@ Reason = Literal["empty", "format", "pixels", "frames", "depth", "transparent", 
 class ImageError(DataError):
     """An image that is not decoded, and in one word why, for those who answer in other words (the endpoint)."""
 
-    def __init__(self, message: str, reason: Reason) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, reason: Reason = "damaged") -> None:
+        super().__init__(message)  # all of args, so that Ray can take it from a worker to the driver
         self.reason: Reason = reason
-
-    def __reduce__(self) -> tuple[type[ImageError], tuple[str, Reason]]:
-        return type(self), (str(self), self.reason)
 
 
 @dataclass(frozen=True)
