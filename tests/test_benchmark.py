@@ -220,7 +220,7 @@ def test_a_failure_takes_its_own_cells_alone_and_is_tried_again(parts: Path, tmp
     first = CliRunner().invoke(main, command)
     assert first.exit_code == 1, first.output
     assert "2 cells run now, 0 were done before" in first.stdout
-    assert "failed: shards of parts/torn: DataError" in first.stderr
+    assert "failed: shards of parts/torn: ImageError" in first.stderr
     assert "[5/6, 3 failed" in first.stderr or "[6/6, 3 failed" in first.stderr
     assert "Error: 3 task(s) failed; tracebacks are in" in first.stderr
     lines = [json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
