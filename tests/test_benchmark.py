@@ -224,7 +224,7 @@ def test_a_failure_takes_its_own_cells_alone_and_is_tried_again(parts: Path, tmp
     assert "[5/6, 3 failed" in first.stderr or "[6/6, 3 failed" in first.stderr
     assert "Error: 3 task(s) failed; tracebacks are in" in first.stderr
     lines = [json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
-    assert [line["type"] for line in lines] == ["DataError"] * 3
+    assert [line["type"] for line in lines] == ["ImageError"] * 3
     assert all("07.png" in line["message"] for line in lines)
     assert {line["cell"] for line in lines} >= {cell.cell_id for cell in found.cells if cell.category == "torn"}
     assert "Traceback" in lines[0]["traceback"]
