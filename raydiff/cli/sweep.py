@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,7 +68,8 @@ def sweep(
             final = run_sweep(this, shards, test=test, on_trial=_say_trial, on_task=_say_task)
         except KeyboardInterrupt:
             click.echo(f"\nInterrupted; finished trials are kept. Go on with: {command}", err=True)
-            sys.exit(130)
+            sys.stdout.flush()
+            os._exit(130)  # Ray's own shutdown may crash beside Tune's thread; its processes end with this one
     click.echo(_summary(final, [objective.name for objective in wanted.objectives]))
     click.echo(f"winner: {place / 'winner.yaml'}\nreport: {place / 'report.html'}")
 
