@@ -89,7 +89,7 @@ def _check_conditions(space: SearchSpace, path: str, parameter: Parameter) -> No
         key = f"parameters.{path}.when"
         if parent == path or parent not in space.parameters:
             others = [other for other in space.parameters if other != path]
-            hint = registry.nearest(parent, others) if others else "there is no other parameter"
+            hint = registry.nearest(parent, others) if others else "there is no other, so leave when out"
             raise ConfigError(f"{key}: {parent} is not another parameter of this space; {hint}")
         above = space.parameters[parent]
         if above.float is not None and above.step is None:

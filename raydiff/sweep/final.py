@@ -23,9 +23,9 @@ from raydiff.detector import DiffusionDetector, load_detector
 from raydiff.errors import ConfigError, ScoreError, ShapeError
 from raydiff.evaluation import evaluate
 from raydiff.experiment import ARTIFACT, fit_locally
-from raydiff.journal import alone_in, read_lines, write_whole
+from raydiff.journal import alone_in, write_whole
 from raydiff.predictions import Predictions
-from raydiff.search_space import Parameter, SearchSpace
+from raydiff.search_space import LEVELS, Parameter, SearchSpace
 from raydiff.shards import ShardSet
 from raydiff.sweep.evidence import EvidenceCache
 from raydiff.sweep.jobs import TRAINING, Fit, Job, train_networks
@@ -99,13 +99,12 @@ def grid(parameter: Parameter, best: Any, count: int) -> list[Any]:
     """Values of one parameter, the best one among them: all choices, or so many over its range."""
     if parameter.choices is not None:
         return list(parameter.choices)
-    low, high = parameter.int or parameter.float or (0, 0)
+    low, high = parameter.range or (0, 0)
     values = np.geomspace(low, high, count) if parameter.log else np.linspace(low, high, count)
     if parameter.step is not None:
         values = low + np.round((values - low) / parameter.step) * parameter.step
     exact = [round(value) for value in values] if parameter.int else [float(f"{value:.4g}") for value in values]
-    inside = [min(max(value, low), high) for value in exact]
-    return sorted({*inside, best})
+    return sorted({*(min(max(value, low), high) for value in exact), best})
 
 
 def refit(
@@ -186,15 +185,16 @@ def _varied(space: SearchSpace, best: Mapping[str, Any], count: int) -> Iterator
         for value in grid(parameter, best[path], count):
             if value == best[path]:
                 continue
-            params = {**best, path: value}
-            yield {each: kept for each, kept in params.items() if _holds(space, each, params)}, path
+            yield _applying(space, {**best, path: value}), path
 
 
-def _holds(space: SearchSpace, path: str, params: Mapping[str, Any]) -> bool:
-    return all(
-        parent in params and params[parent] in allowed and _holds(space, parent, params)
-        for parent, allowed in space.parameters[path].when.items()
-    )
+def _applying(space: SearchSpace, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Those parameters whose conditions hold among the ones that are left."""
+    kept: dict[str, Any] = {}
+    for path in space.paths(LEVELS):
+        if path in params and space.applies(path, kept):
+            kept[path] = params[path]
+    return kept
 
 
 def _write(path: Path, result: Refit) -> None:
@@ -202,6 +202,5 @@ def _write(path: Path, result: Refit) -> None:
 
 
 def _read(path: Path) -> Refit:
-    _, line = next(read_lines(path, "remove it, and run the sweep again"))
-    data = json.loads(line)
+    data = json.loads(path.read_text(encoding="utf-8"))
     return Refit(**{**data, "rates": tuple(data["rates"])})

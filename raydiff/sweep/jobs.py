@@ -42,7 +42,7 @@ from raydiff.sweep_records import (
 )
 from raydiff.tracking import read_metrics
 
-__all__ = ["SCORING", "TRAINING", "Fit", "Job", "Networks", "folder_of", "stopped", "train_networks"]
+__all__ = ["SCORING", "TRAINING", "Fit", "Job", "Networks", "stopped", "train_networks"]
 
 TRAINING: tuple[Level, ...] = ("training",)
 SCORING: tuple[Level, ...] = ("evidence", "judgement")
@@ -90,16 +90,11 @@ class Job:
     @property
     def folder(self) -> Path:
         """Where all of it lies."""
-        return folder_of(self.out, self.key)
+        return self.out / "trainings" / self.key
 
     def scored(self, params: Mapping[str, Any], seed: int) -> ExperimentConfig:
         """The whole config of a setting."""
         return self.space.apply(self.config.override(self.space.workers), params).override({"seed": seed})
-
-
-def folder_of(out: Path, key: str) -> Path:
-    """The folder of a combination."""
-    return out / "trainings" / key
 
 
 @dataclass
