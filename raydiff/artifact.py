@@ -44,7 +44,7 @@ __all__ = ["FORMAT_VERSION", "Folder", "Kind", "encode_json", "encode_tensors", 
 FORMAT_VERSION = 1
 """Raised when a reader of the old format could not read the new one."""
 
-Kind = Literal["artifact", "checkpoint", "space"]
+Kind = Literal["artifact", "checkpoint", "space", "head"]
 
 _UNUSED_S = 30 * 86_400.0
 

@@ -21,6 +21,7 @@ from raydiff.distillation import TEACHER, student_config
 from raydiff.errors import ConfigError, DataError
 from raydiff.evaluation import evaluate
 from raydiff.experiment import ARTIFACT, CONFIG, calibrated, fit_baseline, fit_locally
+from raydiff.heads import with_trained_scorer
 from raydiff.images import images_per_batch
 from raydiff.journal import write_whole
 from raydiff.plan import Cell, Training
@@ -28,6 +29,7 @@ from raydiff.results import Evaluation, RobustnessRow
 from raydiff.robustness import robustness
 from raydiff.runtime import CHECKPOINTS
 from raydiff.shards import ShardSet
+from raydiff.splits import weights_of
 from raydiff.suite import CostPlan, Resources, RobustnessPlan
 from raydiff.tracking import read_metrics
 
@@ -148,8 +150,11 @@ def _detector(cell: Cell, out: Path, shards: ShardSet) -> tuple[Detector, float]
     seconds = _seconds(folder)
     if seconds is None:
         raise DataError(f"{folder / _SECONDS}: does not say how long the training took; run the benchmark again")
-    distilled = trained.config.distillation is not None  # its scorer is its own: one evaluation for all of the cell's
-    return trained if distilled else trained.with_scoring(cell.config.scoring), seconds
+    if trained.config.distillation is not None:  # its scorer is its own: one evaluation for all of the cell's
+        return trained, seconds
+    scored, begun = trained.with_scoring(cell.config.scoring), time.monotonic()
+    detector = with_trained_scorer(scored, shards, without=weights_of(folder, shards).by_id)
+    return detector, seconds + (0.0 if detector is scored else time.monotonic() - begun)
 
 
 def _trained(key: str | None, out: Path, resources: Resources) -> DiffusionDetector:

@@ -6,6 +6,7 @@ A run is a folder, on this machine or in an object store::
     shards/         the data, when the config names no other place
     checkpoints/    states to resume from
     space/          what a space that learns has learnt
+    head/           what a scorer's own network has learnt, where it has one
     folds/          networks that each left some training images out, where the config asks for them
     suspects.csv    training and calibration images by how anomalous they look, with ``contamination.max_share``
     metrics.jsonl   and tensorboard/
@@ -38,6 +39,7 @@ from raydiff.fitting import (
     fit_baseline,
     fit_baselines,
     fit_in_parts,
+    of_fold,
     provenance_of,
     write_config,
 )
@@ -270,17 +272,7 @@ def fit_locally(
         with _trained_here(config, place, shards, device, heed) as checkpoint:
             yield checkpoint, shards
 
-    return fit_in_parts(config, run_dir, shards, trained, device=device)
-
-
-def of_fold(
-    on_metrics: Callable[[Mapping[str, Any]], None], run_dir: Place, place: Place
-) -> Callable[[Mapping[str, Any]], None]:  # fmt: skip
-    """The same for the run itself; lines of a network that is trained in another ``place`` say of which ``fold``."""
-    if place is run_dir:
-        return on_metrics
-    fold = uri_of(place).rstrip("/").rpartition("/")[2]
-    return lambda line: on_metrics({**line, "fold": fold})
+    return fit_in_parts(config, run_dir, shards, trained, device=device, on_metrics=on_metrics)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ is trained; see :mod:`raydiff.crossfit` for when it is otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -31,9 +31,10 @@ from raydiff.crossfit import (
 )
 from raydiff.detector import BaselineDetector, Detector, DiffusionDetector, load_detector
 from raydiff.errors import ConfigError
+from raydiff.heads import with_trained_scorer
 from raydiff.provenance import versions
 from raydiff.shards import ShardSet
-from raydiff.splits import split_batches, training_images
+from raydiff.splits import split_batches, training_images, weights_of
 from raydiff.storage import MANIFEST, Place, Storage, uri_of
 from raydiff.weighting import Weights, write_weights
 
@@ -47,12 +48,16 @@ __all__ = [
     "fit_baseline",
     "fit_baselines",
     "fit_in_parts",
+    "of_fold",
     "provenance_of",
     "write_config",
 ]
 
 ARTIFACT, CONFIG, SUSPECTS = "artifact", "config.yaml", "suspects.csv"
 _MAX_BASELINE_IMAGES, _MAX_BASELINE_TILES = 10_000, 2_000
+
+Report = Callable[[Mapping[str, Any]], None]
+"""Gets lines of metrics."""
 
 TrainPart = Callable[[ExperimentConfig, Place], AbstractContextManager[tuple[Path, ShardSet]]]
 """Trains a network in a place, and gives its last checkpoint's folder and the shards it was trained on."""
@@ -90,13 +95,22 @@ def write_config(run_dir: Place, config: ExperimentConfig) -> None:
     Storage.of(uri_of(run_dir), field="--out").write(CONFIG, text.encode())
 
 
+def of_fold(on_metrics: Report, run_dir: Place, place: Place) -> Report:
+    """The same for the run itself; lines of a network that is trained in another ``place`` say of which ``fold``."""
+    if place is run_dir:
+        return on_metrics
+    fold = uri_of(place).rstrip("/").rpartition("/")[2]
+    return lambda line: on_metrics({**line, "fold": fold})
+
+
 def fit_in_parts(
-    config: ExperimentConfig, run_dir: Place, shards: ShardSet, train_part: TrainPart, *, device: str = "cpu"
-) -> Detector:
+    config: ExperimentConfig, run_dir: Place, shards: ShardSet, train_part: TrainPart, *, device: str = "cpu",
+    on_metrics: Report | None = None,
+) -> Detector:  # fmt: skip
     """The folds that the config asks for, then the run's own network; calibrated, and saved as ``run_dir/artifact``.
 
     A fold that is finished is not trained again. What was suspected follows from the folds, so that a resumed run comes
-    to the same.
+    to the same. ``on_metrics`` gets what a scorer's own network says of its training, which follows the denoiser's.
     """
     begin_folds(runs := fold_runs(config, run_dir, shards))
     for fold in runs:
@@ -104,14 +118,17 @@ def fit_in_parts(
             continue
         write_config(fold.place, fold.config)
         with train_part(fold.config, fold.place) as (checkpoint, shards):
-            load_detector(checkpoint).save(fold.place / ARTIFACT, overwrite=True)
+            report = on_metrics and of_fold(on_metrics, run_dir, fold.place)
+            network = load_detector(checkpoint, device=device)
+            scored = with_trained_scorer(network, shards, without=fold.left_out, keep_in=fold.place, report=report)
+            scored.save(fold.place / ARTIFACT, overwrite=True)
     if config.contamination.max_share:
         folds = _trained_folds(config, run_dir, shards, device)
         found = suspicions(training_scores(folds, config, shards), config.contamination, "train")
         write_weights(run_dir, {one.image_id: one.weight for one in found if one.weight < 1})
         _write_suspects(run_dir, found)
     with train_part(config, run_dir) as (checkpoint, trained_on):
-        return finish(run_dir, checkpoint, trained_on, device=device)
+        return finish(run_dir, checkpoint, trained_on, device=device, on_metrics=on_metrics)
 
 
 def _is_finished(fold: FoldRun, shards: ShardSet) -> bool:
@@ -125,9 +142,14 @@ def _is_finished(fold: FoldRun, shards: ShardSet) -> bool:
     return same and known == shards.whole_normal_digest
 
 
-def finish(run_dir: Place, checkpoint: Path, shards: ShardSet, *, device: str = "cpu") -> Detector:
-    """Calibrate the last checkpoint's detector and save it as ``run_dir/artifact``."""
-    detector, found = _calibrated(load_detector(checkpoint, device=device), shards, run_dir)
+def finish(
+    run_dir: Place, checkpoint: Path, shards: ShardSet, *, device: str = "cpu", on_metrics: Report | None = None
+) -> Detector:
+    """Train what the last checkpoint's scorer has to train, calibrate its detector, save it as ``run_dir/artifact``."""
+    network = load_detector(checkpoint, device=device)
+    without = weights_of(run_dir, shards).by_id
+    scored = with_trained_scorer(network, shards, without=without, keep_in=run_dir, report=on_metrics)
+    detector, found = _calibrated(scored, shards, run_dir)
     if found:
         _write_suspects(run_dir, found, add=True)
     return detector.save(run_dir / ARTIFACT, overwrite=True)
@@ -135,6 +157,8 @@ def finish(run_dir: Place, checkpoint: Path, shards: ShardSet, *, device: str = 
 
 def calibrated(detector: Detector, shards: ShardSet, *, run_dir: Place | None = None) -> Detector:
     """The detector with a threshold from the calibration split, which holds normal images alone.
+
+    A scorer's own network is trained first, where it is not.
 
     With ``contamination.max_share`` suspects among them do not count. Where none were set aside, the threshold comes
     from the training images, each judged by the fold that left it out. Folds lie in ``run_dir``, the run that the
@@ -180,6 +204,7 @@ def _fitted(
 def _calibrated(detector: Detector, shards: ShardSet, run_dir: Place | None) -> tuple[Detector, list[Suspicion]]:
     """The detector, and what was thought of the calibration images where they are not trusted."""
     config = detector.config
+    detector = with_trained_scorer(detector, shards, without=detector.provenance.get("suspects", {}))
     if not config.data.calibration_fraction:
         bad = detector.provenance.get("suspects", {})
         return calibrated_across(detector, _folds_of(detector, shards, run_dir), shards, without=bad), []
@@ -203,12 +228,15 @@ def _folds_of(detector: Detector, shards: ShardSet, run_dir: Place | None) -> li
             " trained in; give that run, or set calibration images aside"
         )
     found = _trained_folds(config, run_dir, shards, getattr(detector, "device", "cpu"))
-    return [
-        Fold(fold.left_out, fold.detector.with_scoring(config.scoring))
-        if isinstance(fold.detector, DiffusionDetector) and fold.detector.config.scoring != config.scoring
-        else fold
-        for fold in found
-    ]
+    return [_scored(fold, config, shards) for fold in found]
+
+
+def _scored(fold: Fold, config: ExperimentConfig, shards: ShardSet) -> Fold:
+    """The fold with the config's scorer, whose own network has not seen what the fold left out."""
+    if not isinstance(fold.detector, DiffusionDetector) or fold.detector.config.scoring == config.scoring:
+        return fold
+    detector = fold.detector.with_scoring(config.scoring)
+    return Fold(fold.left_out, with_trained_scorer(detector, shards, without=fold.left_out))
 
 
 def _trained_folds(config: ExperimentConfig, run_dir: Place, shards: ShardSet, device: str) -> list[Fold]:

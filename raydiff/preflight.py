@@ -19,6 +19,7 @@ from raydiff.detector import BaselineDetector, DiffusionDetector, build_space, n
 from raydiff.distillation import check_teacher
 from raydiff.errors import ConfigError, DataError, RaydiffError
 from raydiff.plan import Cell, Plan
+from raydiff.planting import TrainedScorer
 from raydiff.shards import ShardSet
 from raydiff.shards.layout import plan_shards
 from raydiff.storage import label_of
@@ -156,6 +157,8 @@ def _draws_maps(cell: Cell, num_classes: int) -> bool:
             detector = BaselineDetector.fit(cell.config, cell.baseline, images)
             return detector.score(images[:1]).map is not None
         scorer: Scorer = registry.build("scorers", cell.config.scoring)
+        if isinstance(scorer, TrainedScorer):
+            return True
         model = Diffusion(
             denoiser=_Halved(), schedule=schedule_of(cell.config),
             prediction_type=cell.config.objective.prediction_type, seed=0,

@@ -16,11 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raydiff import registry
-from raydiff.config import component_options
-from raydiff.contracts import Perturbation, Scorer
+from raydiff.contracts import Scorer
 from raydiff.core.diffusion import keyed_seed
 from raydiff.errors import ShapeError
+from raydiff.planting import anomalies
 
 __all__ = ["SelectionSet", "fold_statistics", "judged", "selection_set"]
 
@@ -33,8 +32,13 @@ class SelectionSet(NamedTuple):
     masks: NDArray[np.bool_]
 
 
-def selection_set(images: NDArray[np.uint8], ids: Sequence[str], seed: int = 0, *, severity: int = 3) -> SelectionSet:
+def selection_set(
+    images: NDArray[np.uint8], ids: Sequence[str], seed: int = 0, *, severity: int = 3, kinds: Sequence[str] = ()
+) -> SelectionSet:
     """The normal images, and a synthetic anomaly made of each, in equal parts of every kind there is.
+
+    A network that was trained on synthetic anomalies (scoring ``discriminative``) looks better on the same kinds than
+    it is: give ``kinds`` that it was not trained on.
 
     Which image gets which kind depends on the seed and on the set of ids, not on their order.
 
@@ -43,17 +47,19 @@ def selection_set(images: NDArray[np.uint8], ids: Sequence[str], seed: int = 0, 
         ids: n image ids.
         seed: of the kinds and of what is drawn.
         severity: of the anomalies, 1 to 5.
+        kinds: names of the kinds; empty for every one.
 
     Raises:
         ShapeError: there is not one id for each image.
+        ConfigError: there is no such kind.
     """
     if len(ids) != len(images):
         raise ShapeError(f"there are {len(images)} images and {len(ids)} ids; give one id per image")
     anomalous, masks = images.copy(), np.zeros(images.shape[:3], dtype=np.bool_)
     order = sorted(range(len(ids)), key=lambda row: keyed_seed("selection", seed, ids[row]))
-    kinds = _anomalies(seed)
-    for number, perturbation in enumerate(kinds):
-        rows = sorted(order[number :: len(kinds)])
+    chosen = anomalies(seed, kinds)
+    for number, perturbation in enumerate(chosen.values()):
+        rows = sorted(order[number :: len(chosen)])
         made = perturbation.apply(images[rows], severity=severity, ids=[ids[row] for row in rows])
         anomalous[rows] = made.images
         if made.masks is not None:
@@ -111,17 +117,3 @@ def fold_statistics(scorer: Scorer, normals: Tensor, num_folds: int) -> list[dic
         raise ShapeError(f"there are {len(normals)} images and {num_folds} folds; give 2 or more, not above the images")
     fold_of = torch.arange(len(normals)) % num_folds
     return [scorer.fit(normals[fold_of != fold]) for fold in range(num_folds)]
-
-
-def _anomalies(seed: int) -> list[Perturbation]:
-    """Every perturbation that makes an anomaly, sorted by name."""
-    built: list[Perturbation] = [
-        registry.build("perturbations", component_options("perturbations", _fields(name, seed)))
-        for name in registry.names("perturbations")
-    ]
-    return [perturbation for perturbation in built if perturbation.kind == "anomaly"]
-
-
-def _fields(name: str, seed: int) -> dict[str, object]:
-    seeded = "seed" in registry.component("perturbations", name).Options.model_fields
-    return {"name": name, "seed": seed} if seeded else {"name": name}

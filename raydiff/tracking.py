@@ -169,15 +169,13 @@ def read_metrics(run_dir: Place) -> Iterator[dict[str, Any]]:
 
 
 def progress_line(metrics: Mapping[str, Any], num_steps: int, batch_size: int) -> str:
-    """One line for a person: step, loss, speed and the time left, or what a restart repeats; of a space, its fit's."""
+    """One line for a person: step, loss, speed and the time left, or what a restart repeats; a space's, a head's."""
     if "fold" in metrics:
         own = {name: value for name, value in metrics.items() if name != "fold"}
         return f"fold {metrics['fold']}: {progress_line(own, num_steps, batch_size)}"
-    if "space_step" in metrics:
-        step, num_steps, seconds = (metrics[f"space_{name}"] for name in ("step", "steps", "seconds"))
-        left = f"  {clock(seconds / step * (num_steps - step))} left" if step < num_steps else ""
-        done = f"space: step {step}/{num_steps}  {100 * step // num_steps:3d} %"
-        return f"{done}  loss {metrics['space_loss']:.4f}{left}"
+    for part in ("space", "head"):
+        if f"{part}_step" in metrics:
+            return _progress_beside(part, metrics)
     step = metrics["step"]
     if metrics.get("resumed"):
         repeated = metrics.get("images_repeated", 0)
@@ -195,6 +193,14 @@ def progress_line(metrics: Mapping[str, Any], num_steps: int, batch_size: int) -
     if step < num_steps:
         parts.append(f"{clock((num_steps - step) * batch_size / metrics['images_per_second'])} left")
     return "  ".join(parts)
+
+
+def _progress_beside(part: str, metrics: Mapping[str, Any]) -> str:
+    """Of what is trained before or after the denoiser."""
+    step, num_steps, seconds = (metrics[f"{part}_{name}"] for name in ("step", "steps", "seconds"))
+    left = f"  {clock(seconds / step * (num_steps - step))} left" if step < num_steps else ""
+    done = f"{part}: step {step}/{num_steps}  {100 * step // num_steps:3d} %"
+    return f"{done}  loss {metrics[f'{part}_loss']:.4f}{left}"
 
 
 def clock(seconds: float) -> str:

@@ -17,6 +17,7 @@ from raydiff.detector.baseline import BaselineDetector
 from raydiff.detector.building import (
     NUM_ROTATIONS,
     build_denoiser,
+    build_scorer,
     build_space,
     noised,
     num_conditions,
@@ -39,6 +40,7 @@ __all__ = [
     "EnsembleDetector",
     "Tiles",
     "build_denoiser",
+    "build_scorer",
     "build_space",
     "load_detector",
     "noised",

@@ -17,6 +17,7 @@ from raydiff.detector.building import build_denoiser, build_scorer, build_space,
 from raydiff.detector.contract import Detector, with_peaks
 from raydiff.detector.tiles import Tiles
 from raydiff.errors import ConfigError
+from raydiff.planting import TrainedScorer
 
 __all__ = ["DiffusionDetector"]
 
@@ -106,9 +107,15 @@ class DiffusionDetector(Detector):
         return Tiles.of(self.config, (self.space.shape[1], self.space.shape[2]))
 
     def with_scoring(self, scoring: Options) -> Self:
-        """The same network with another scorer; it must be calibrated again."""
+        """The same network with another scorer; it must be calibrated again.
+
+        A scorer with a network of its own keeps this one's where the options train the same one; else it is to be
+        trained first (:func:`raydiff.heads.with_trained_scorer`).
+        """
         config = self.config.model_copy(update={"scoring": scoring})
-        scorer = build_scorer(config, int(self.provenance["num_classes"]))
+        scorer, own = build_scorer(config, int(self.provenance["num_classes"])), self.scorer
+        if _train_the_same(scorer, own):
+            scorer.load_state(own.state())
         return replace(self, config=config, scorer=scorer, statistics={}, calibration=None, artifact_digest=None)
 
     def with_image_size(self, image_size: tuple[int, int]) -> Self:
@@ -246,3 +253,10 @@ class DiffusionDetector(Detector):
 
     def _statistics(self) -> dict[str, Tensor]:
         return dict(self.statistics)
+
+
+def _train_the_same(scorer: Scorer, trained: Scorer) -> bool:
+    """Whether a scorer's own network would come out as another's, which is trained."""
+    if not isinstance(scorer, TrainedScorer) or not isinstance(trained, TrainedScorer):
+        return False
+    return trained.is_trained and scorer.training_key() == trained.training_key()

@@ -82,7 +82,8 @@ def fit(
     when there is room again: losses stay the same but for rounding.
     With ``data.on_bad_shard: skip`` a shard that breaks on the way is left out from the last checkpoint on.
     ``on_metrics`` gets what a space that is trained says of its fit, here and on the driver's GPU if it has one, then
-    each line of ``metrics.jsonl`` as it is written; those of a fold's network have its number as ``fold``.
+    each line of ``metrics.jsonl`` as it is written, then what a scorer's own network says of its training, on the
+    driver too; those of a fold's network have its number as ``fold``.
 
     Raises:
         ConfigError: the cluster has fewer CPUs or GPUs than the workers ask for.
@@ -105,7 +106,7 @@ def fit(
         with _opened(checkpoint, place) as folder:
             yield folder, trained_on
 
-    return fit_in_parts(config, run_dir, shards, trained, device=device)
+    return fit_in_parts(config, run_dir, shards, trained, device=device, on_metrics=on_metrics)
 
 
 @contextmanager

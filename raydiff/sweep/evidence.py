@@ -21,8 +21,10 @@ from raydiff.contracts import Scorer, SequentialScorer, StepScorer
 from raydiff.cost import measure_cost
 from raydiff.detector import DiffusionDetector
 from raydiff.errors import ConfigError, DataError, ShapeError
+from raydiff.heads import with_trained_scorer
 from raydiff.images import ImageSpec, images_per_batch, to_tensor
 from raydiff.judgement import Judge, JudgeOptions
+from raydiff.planting import TrainedScorer
 from raydiff.selection import fold_statistics, judged, selection_set
 from raydiff.shards import ShardSet
 from raydiff.sweep.recent import Recent
@@ -68,6 +70,7 @@ class EvidenceCache:
         twins: NDArray[np.uint8],
         *,
         limit_mb: int = 2048,
+        prepare: Callable[[DiffusionDetector], DiffusionDetector] | None = None,
     ) -> None:
         """Nothing is measured yet.
 
@@ -77,6 +80,7 @@ class EvidenceCache:
             twins: an anomaly made of each, in the same order.
             limit_mb: megabytes of evidence that are remembered; the longest unused is dropped first. The setting at
                 hand and the encoded images come on top.
+            prepare: trains a scorer's own network, where it has one: once for all settings that train the same.
 
         Raises:
             ShapeError: there is not one twin for each image.
@@ -97,6 +101,7 @@ class EvidenceCache:
         self._fitted = Recent[list[dict[str, Tensor]]](limit_mb * 10**6 // 8)
         self._scores = Recent[Pair](_SCORE_BYTES)
         self._asked: DiffusionDetector | None = None
+        self._prepare, self._heads = prepare, dict[str, dict[str, Tensor]]()
         self._last: tuple[Name, Evidence] | None = None
         self._milliseconds: dict[str, float] = {}
 
@@ -108,6 +113,7 @@ class EvidenceCache:
         *,
         seed: int = 0,
         severity: int = 3,
+        kinds: Sequence[str] = (),
         max_images: int | None = None,
         limit_mb: int = 2048,
     ) -> Self:
@@ -118,6 +124,7 @@ class EvidenceCache:
             shards: finished ones.
             seed: of the anomalies.
             severity: of the anomalies, 1 to 5.
+            kinds: of the anomalies; every one there is where it is empty.
             max_images: the first so many normals; all of them by default.
             limit_mb: see the class.
 
@@ -126,8 +133,15 @@ class EvidenceCache:
             DataError: there are none, or one cannot be read.
         """
         images, ids = _calibration(detector.config, shards, max_images)
-        made = selection_set(images, ids, seed, severity=severity)
-        return cls(detector, made.images[: len(ids)], made.images[len(ids) :], limit_mb=limit_mb)
+        made = selection_set(images, ids, seed, severity=severity, kinds=kinds)
+
+        def prepare(one: DiffusionDetector) -> DiffusionDetector:
+            found = with_trained_scorer(one, shards, without=one.provenance.get("suspects", {}))
+            assert isinstance(found, DiffusionDetector)  # noqa: S101
+            return found
+
+        normals, twins = made.images[: len(ids)], made.images[len(ids) :]
+        return cls(detector, normals, twins, limit_mb=limit_mb, prepare=prepare)
 
     @property
     def num_normal(self) -> int:
@@ -210,8 +224,19 @@ class EvidenceCache:
     def _with(self, scoring: Options) -> DiffusionDetector:
         """The detector with these options; the last one is kept."""
         if self._asked is None or self._asked.config.scoring != scoring:
-            self._asked = self.detector.with_scoring(scoring)
+            self._asked = self._with_head(self.detector.with_scoring(scoring))
         return self._asked
+
+    def _with_head(self, detector: DiffusionDetector) -> DiffusionDetector:
+        """The detector, its scorer's own network trained, or as it was trained for another setting."""
+        scorer = detector.scorer
+        if not isinstance(scorer, TrainedScorer) or scorer.is_trained or self._prepare is None:
+            return detector
+        key = scorer.training_key()
+        if key not in self._heads:
+            self._heads[key] = self._prepare(detector).scorer.state()
+        scorer.load_state(self._heads[key])
+        return detector
 
     def _of_steps(self, scorer: StepScorer, key: str, steps: tuple[int, ...], nfe: int) -> Tensor:
         """(2 n, K, H, W), of which only the steps that are not known are measured."""

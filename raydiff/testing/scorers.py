@@ -13,6 +13,7 @@ from raydiff.core.diffusion import Diffusion
 from raydiff.core.schedule import PredictionType, make_schedule
 from raydiff.errors import ConfigError
 from raydiff.judgement import Judge
+from raydiff.planting import LatentExamples, TrainedScorer
 from raydiff.testing._rows import build, check_rows, equal, require, tensors, untouched_generators
 from raydiff.testing.images import planted_defect, small_images
 from raydiff.testing.oracle import CorrectingOracle, OracleDenoiser, TurnedOracle
@@ -23,7 +24,8 @@ __all__ = ["check_scorer"]
 def check_scorer(name: str, **fields: Any) -> None:
     """Evidence and maps of the right shape, rows that stand alone, gradients, an honest NFE, and a defect found.
 
-    Of a :class:`raydiff.contracts.StepScorer` also that steps stand alone.
+    Of a :class:`raydiff.contracts.StepScorer` also that steps stand alone. A :class:`raydiff.planting.TrainedScorer`
+    is trained first, twice: to the same weights.
     A scorer whose ``check`` refuses an unconditional denoiser gets one that is told of quarter turns.
     """
     what = f"scorer {name!r}"
@@ -32,14 +34,50 @@ def check_scorer(name: str, **fields: Any) -> None:
     for prediction_type in _prediction_types(scorer):
         oracle = _oracle((1, 8, 8), prediction_type, conditional=conditional)
         with untouched_generators(what):
+            scorer = _trained(what, name, fields, oracle, (1, 8, 8))
             _check_finds_defect(what, scorer, oracle)
     for shape in ((1, 8, 8), (3, 16, 16) if conditional else (3, 8, 16)):
         oracle = _oracle(shape, _prediction_types(scorer)[0], conditional=conditional)
+        scorer = _trained(what, name, fields, oracle, shape)
+        _check_training(what, name, fields, oracle, shape)
         _check_evidence(what, scorer, oracle, shape)
         _check_scorer_rows(what, scorer, oracle, shape)
         _check_gradients(what, scorer, oracle, shape)
         if isinstance(scorer, StepScorer):
             _check_steps(what, scorer, _at_other_steps(name, fields), oracle, shape)
+
+
+def _trained(
+    what: str, name: str, fields: dict[str, Any], oracle: OracleDenoiser, shape: tuple[int, int, int], steps: int = 80
+) -> Scorer:
+    """A new scorer, trained on the oracle's images and planted defects if it is one that is trained."""
+    given = {"num_steps": steps} if "num_steps" in registry.component("scorers", name).Options.model_fields else {}
+    scorer: Scorer = build("scorers", name, {**fields, **given})
+    if not isinstance(scorer, TrainedScorer):
+        return scorer
+    require(not scorer.is_trained and not scorer.state(), f"{what}: has weights before it was trained")
+    clean = oracle.sample((24, *shape), seed=9)
+    defective, masks = planted_defect(clean, seed=1)
+    examples = LatentExamples(torch.cat([clean, defective]), torch.cat([~masks & masks, masks]), len(clean))
+    scorer.train(oracle.model(), examples, lambda _: None)
+    require(scorer.is_trained and bool(scorer.state()), f"{what}: has no weights after it was trained")
+    return scorer
+
+
+def _check_training(
+    what: str, name: str, fields: dict[str, Any], oracle: OracleDenoiser, shape: tuple[int, int, int]
+) -> None:
+    """The same examples give the same weights, and restored ones the same evidence."""
+    first, second = (_trained(what, name, fields, oracle, shape, steps=2) for _ in range(2))
+    if not isinstance(first, TrainedScorer):
+        return
+    one, other = first.state(), second.state()
+    same = one.keys() == other.keys() and equal(list(one.values()), [other[key] for key in one])
+    require(same, f"{what}: is trained to other weights by the same examples")
+    restored: Scorer = build("scorers", name, fields)
+    restored.load_state(one)
+    model, x = oracle.model(), oracle.sample((3, *shape), seed=10)
+    require(equal([restored.measure(model, x)], [first.measure(model, x)]), f"{what}: measures otherwise when restored")
 
 
 def _prediction_types(scorer: Scorer) -> tuple[PredictionType, ...]:

@@ -34,6 +34,12 @@ VARIANTS = {
         {"num_inference_steps": 3, "start_step": 0.5, "normalise": "none", "changes": "latent"},
         {"density": "mahalanobis", "changes": "latent", "pooling": "max"},
     ],
+    "discriminative": [
+        {"combine": "head", "num_inference_steps": 2, "normalise": "none"},
+        {"combine": "max", "sees": "difference", "start_from": "noised", "depth": 0},
+        {"combine": "head", "sees": "image", "kernel_size": 1},
+        {"density": "mahalanobis", "num_inference_steps": 2, "width": 32},
+    ],
     "inversion": [
         {"statistic": "latent", "density": "none"},
         {"statistic": "path", "density": "gaussian_mixture", "num_inference_steps": 2},
