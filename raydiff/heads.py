@@ -1,8 +1,8 @@
 """Scorers with a network of their own (:class:`raydiff.planting.TrainedScorer`), trained for a detector.
 
 That happens once the denoiser is trained and before anything is calibrated: in ``raydiff fit`` for the run's own
-scorer, whose head is kept in ``RUN/head`` so that a resumed run finds it; in a benchmark for each method; in a sweep for
-each choice of options that can change it; and for each fold (:mod:`raydiff.crossfit`), without the images that it
+scorer, whose head is kept in ``RUN/head`` so that a resumed run finds it; in a benchmark for each method; in a sweep
+for each choice of options that can change it; and for each fold (:mod:`raydiff.crossfit`), without the images that it
 leaves out. Training images alone are looked at.
 """
 

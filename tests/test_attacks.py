@@ -8,7 +8,8 @@ from raydiff.attacks import pgd
 from raydiff.config import component_options
 from raydiff.detector import BaselineDetector, DiffusionDetector
 from raydiff.errors import ConfigError, ShapeError
-from raydiff.testing import small_images
+from raydiff.planting import LatentExamples, TrainedScorer
+from raydiff.testing import planted_defect, small_images
 
 ANOMALOUS = torch.tensor([True, False] * 5)
 
@@ -105,6 +106,11 @@ def untrained(config, scorer):
         with torch.no_grad():
             for weight in detector.network.parameters():
                 weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.05)
+        if isinstance(detector.scorer, TrainedScorer):
+            clean = small_images(16, seed=4)
+            defective, masks = planted_defect(clean)
+            examples = LatentExamples(torch.cat([clean, defective]), torch.cat([~masks & masks, masks]), 16)
+            detector.scorer.train(detector.model, examples, lambda _: None)
         return detector
     raise AssertionError(f"{scorer} fits no objective")
 

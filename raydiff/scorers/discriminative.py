@@ -212,10 +212,10 @@ class Discriminative(Judge):
         steps = self.timesteps(model.schedule)
         x_t, t, repeated = at_steps(model, x, steps, noised=self._noised)
         difference = model.predict_x0(x_t, t) - repeated  # (B K, C, H, W)
-        errors = difference.square().mean(1).reshape(len(x), len(steps), *x.shape[2:])
+        errors = difference.square().mean(1).reshape(x.shape[0], len(steps), *x.shape[2:])
         if self.options.sees == "image":
             return x, errors
-        signed = difference.reshape(len(x), len(steps) * x.shape[1], *x.shape[2:])
+        signed = difference.reshape(x.shape[0], len(steps) * x.shape[1], *x.shape[2:])  # not len(): it is traced
         seen = [signed, signed.abs()] if self.options.sees == "difference" else [x, signed, signed.abs()]
         return torch.cat(seen, 1), errors
 
@@ -228,7 +228,7 @@ class Discriminative(Judge):
                 logits: Tensor = head(rows.to(model.device))
                 return logits.to(rows.device)
 
-        if not len(shown):
+        if not shown.shape[0]:
             return shown.new_zeros(0, 1, *shown.shape[2:])
         return by_chunks(call, model.rows_per_call(tuple(shown.shape[1:])), shown, device=model.device)
 

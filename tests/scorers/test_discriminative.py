@@ -140,10 +140,9 @@ def test_what_cannot_be_is_refused(oracle: OracleDenoiser) -> None:
         build(Options(width=8)).load_state(trained(oracle, num_steps=1).state())
     with pytest.raises(ArtifactError, match="does not fit its options"):
         build(Options()).load_state({})
+    scorer, broken = build(Options.model_validate({**QUICK, "num_steps": 3})), examples(oracle)
+    broken.x[:] = float("nan")
     with pytest.raises(TrainingError, match=r"head's loss is not a number at step 1; lower scoring\.learning_rate"):
-        scorer = build(Options.model_validate({**QUICK, "num_steps": 3}))
-        broken = examples(oracle)
-        broken.x[:] = float("nan")
         scorer.train(oracle.model(), broken, lambda _: None)
 
 

@@ -24,7 +24,8 @@ from raydiff.testing import small_images
 FEW = {"scoring.start": 0.2, "scoring.stop": 0.4, "scoring.num_inference_steps": 3}
 MANY = {"scoring.start": 0.1, "scoring.stop": 0.5, "scoring.num_inference_steps": 5}  # three of them are FEW's
 
-UNCONDITIONAL = [name for name in registry.names("scorers") if name not in ("contrast", "deviation_correction")]
+TOLD_OR_TAUGHT = ("contrast", "deviation_correction", "discriminative")  # the last one in tests/test_heads.py
+UNCONDITIONAL = [name for name in registry.names("scorers") if name not in TOLD_OR_TAUGHT]
 
 
 @pytest.fixture(scope="module")
