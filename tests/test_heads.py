@@ -1,4 +1,4 @@
-"""A scorer's own network on the way through the product: fit, resume, artefact, folds, tiles, benchmark, sweep, export."""
+"""A scorer's own network on the whole way: fit, resume, artefact, folds, tiles, benchmark, sweep, export."""
 
 from __future__ import annotations
 

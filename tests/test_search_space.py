@@ -489,6 +489,16 @@ def test_the_manuals_example_is_a_search_space(tmp_path: Path, digits: Experimen
     assert shown | {"num_workers", "sampler", "sampler_seed"} >= set(SearchSpace.model_fields) - {"num_gpus"}
 
 
+def test_anomalies_are_named_and_belong_to_the_study(digits: ExperimentConfig) -> None:
+    plain = space_of({"scoring.blur": {"float": [0, 2]}})
+    some = space_of({"scoring.blur": {"float": [0, 2]}}, anomalies=["cut_paste"])
+    some.check(digits, "space")
+    assert some.digest() != plain.digest()
+    wrong = space_of({"scoring.blur": {"float": [0, 2]}}, anomalies=["jpeg"])
+    with pytest.raises(ConfigError, match="space: anomalies: jpeg makes no anomaly; name some of blur_patch"):
+        wrong.check(digits, "space")
+
+
 def test_curves_use_seeds_that_did_not_choose_the_best_point() -> None:
     assert space_of(LEARNING_RATE, seeds=[1], refit_seeds=[2]).around_seeds == (0, 3, 4)
     assert space_of(LEARNING_RATE, around={"seeds": [7]}).around_seeds == (7,)

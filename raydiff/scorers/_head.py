@@ -37,11 +37,12 @@ class HeadSize(NamedTuple):
 
 
 class HeadTraining(NamedTuple):
-    """How a head is trained; half of each batch is anomalous images."""
+    """How a head is trained; half of each batch is anomalous images, ``noise`` is on z-scores of what it is shown."""
 
     num_steps: int
     batch_size: int
     learning_rate: float
+    noise: float
 
 
 class Head(nn.Module):
@@ -67,7 +68,15 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) to (B, 1, H, W)."""
-        x = self.enter((x - self.mean[:, None, None]) * self.scale[:, None, None])
+        return self.answer(self.z_scores(x))
+
+    def z_scores(self, x: Tensor) -> Tensor:
+        """Per channel, (B, channels, H, W)."""
+        return (x - self.mean[:, None, None]) * self.scale[:, None, None]
+
+    def answer(self, z_scores: Tensor) -> Tensor:
+        """Logits (B, 1, H, W) to z-scores (B, channels, H, W)."""
+        x: Tensor = self.enter(z_scores)
         x = x.contiguous(memory_format=torch.channels_last)  # faster on a CPU
         for block in self.blocks:
             x = block(x)
@@ -151,11 +160,13 @@ def _losses(
         for group in optimiser.param_groups:
             group["lr"] = training.learning_rate * _rate(step, training.num_steps)
         rows = _rows(num_normal, len(shares), training.batch_size, generator)
-        inputs, wanted = shown(rows).to(device), anomalous[rows].to(device)
+        inputs, wanted = head.z_scores(shown(rows).to(device)), anomalous[rows].to(device)
+        if training.noise:
+            inputs = inputs + training.noise * torch.randn(inputs.shape, generator=generator).to(device)
         counts = torch.where(wanted, weights[0], weights[1]) * ((shares[rows].to(device) == 0) | wanted)
         optimiser.zero_grad(set_to_none=True)
         with torch.enable_grad(), full_precision(device):
-            losses = functional.binary_cross_entropy_with_logits(head(inputs), wanted.float(), reduction="none")
+            losses = functional.binary_cross_entropy_with_logits(head.answer(inputs), wanted.float(), reduction="none")
             loss = (losses * counts).mean()
             loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(head.parameters(), 1.0)

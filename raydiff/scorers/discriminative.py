@@ -71,6 +71,10 @@ class Options(StepOptions):
     num_steps: int = Field(1000, ge=1, description="optimiser steps of the head")
     batch_size: int = Field(16, ge=2, description="images per step, half of them normal")
     learning_rate: float = Field(1e-3, gt=0, description="highest; a short warm-up, then half a cosine down to 0")
+    noise: float = Field(
+        0.5, ge=0, description="deviation of the noise on what the head is shown while it learns, z-scored; without any"
+        " it learns by heart how well the denoiser knows the training images"
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _check_head(self) -> Self:
@@ -136,13 +140,13 @@ class Discriminative(Judge):
         options = self.options
         shown = _Shown(lambda rows: self._look(model, examples.latents(rows))[0], len(examples))
         shares = torch.cat([examples.shares([row]) for row in range(len(examples))])
+        training = HeadTraining(options.num_steps, options.batch_size, options.learning_rate, options.noise)
         normal = shown(list(range(min(_SCALED_ON, examples.num_normal))))
         head = Head.of(normal.shape[1], self._size, model.seed)
         head.scale_to(normal)
         self._head = train_head(
-            head.to(model.device), HeadTraining(options.num_steps, options.batch_size, options.learning_rate), shown,
-            shares, examples.num_normal, seed=model.seed, report=report,
-        )  # fmt: skip
+            head.to(model.device), training, shown, shares, examples.num_normal, seed=model.seed, report=report
+        )
 
     def measure(self, model: Diffusion, x: Tensor) -> Tensor:
         """The head's logits, and squared errors at each step unless it is not combined, (B, 1 + K, H, W) or 1 for K.

@@ -68,6 +68,9 @@ class SearchSpace(Section):
     base: dict[str, Any] = Field(default_factory=dict, description="dotted config path: value, over the config")
     parameters: dict[str, Parameter] = Field(min_length=1)
     objectives: tuple[Objective, ...] = Field((Objective(name="selection_auroc"),), min_length=1)
+    anomalies: tuple[str, ...] = Field(
+        (), description="kinds of synthetic anomalies that settings are judged by; empty: every kind there is"
+    )
     trials: int = Field(40, ge=1, description="combinations of the parameters that change weights")
     settings_per_training: int = Field(100, ge=1, description="of the other parameters, tried on each training")
     seeds: tuple[int, ...] = Field((0,), min_length=1, description="of the trainings of one combination")
@@ -226,8 +229,9 @@ class SearchSpace(Section):
             raise ConfigError(f"{where}: {error}") from error
 
     def digest(self) -> str:
-        """SHA-256 (hex) of what a study's trials depend on: parameters, base, objectives, seeds; not budgets."""
-        kept = self.model_dump(mode="json", include={"base", "parameters", "objectives", "seeds"})
+        """SHA-256 (hex) of what a study's trials depend on: parameters, base, objectives, anomalies, seeds; no budgets."""
+        named = {"anomalies"} if self.anomalies else set[str]()
+        kept = self.model_dump(mode="json", include={"base", "parameters", "objectives", "seeds", *named})
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
     def parents(self, path: str) -> tuple[str, ...]:

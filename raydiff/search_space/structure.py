@@ -8,6 +8,7 @@ from typing import Any
 from raydiff import registry
 from raydiff.config import ExperimentConfig
 from raydiff.errors import ConfigError
+from raydiff.planting import check_kinds
 from raydiff.search_space.distributions import Parameter, stored
 from raydiff.search_space.paths import COMPONENTS, LEVELS, check_path, level_of, name_of, options_of
 from raydiff.search_space.space import SearchSpace
@@ -47,6 +48,7 @@ def check_structure(space: SearchSpace, config: ExperimentConfig) -> None:
         _check_component(space, path, names)
     _check_objectives(space)
     _check_pruning(space, start)
+    check_kinds(space.anomalies, "anomalies")
     for number, point in enumerate(space.points):
         _check_point(space, f"points[{number}]", point)
 

@@ -117,6 +117,7 @@ def refit(
     names: Sequence[str],
     *,
     fit: Fit | None = None,
+    kinds: Sequence[str] = (),
     test: bool,
     device: str = "cpu",
     keep: Callable[[], None] = lambda: None,
@@ -124,8 +125,8 @@ def refit(
     """Train and calibrate a whole config, measure it on the selection split and, where asked, once on test.
 
     A refit that is finished is read from its folder. ``names`` are the objectives to measure. The synthetic anomalies
-    are others than the search's; the calibration normals are the same, there being no more. ``keep`` is called with
-    each line of metrics, when what is finished may be put elsewhere.
+    are others than the search's, of its ``kinds``; the calibration normals are the same, there being no more. ``keep``
+    is called with each line of metrics, when what is finished may be put elsewhere.
     """
     path = place / "refit.json"
     if path.exists():
@@ -141,7 +142,7 @@ def refit(
         write_whole(place / _SECONDS, json.dumps(time.monotonic() - begun))
     detector = load_detector(place / ARTIFACT, device=device)
     assert isinstance(detector, DiffusionDetector)  # noqa: S101
-    selection = measure_setting(EvidenceCache.of(detector, shards, seed=_OTHER_ANOMALIES), config, names)
+    selection = measure_setting(EvidenceCache.of(detector, shards, seed=_OTHER_ANOMALIES, kinds=kinds), config, names)
     measured = _on_test(detector, shards) if test else ({}, ())
     result = Refit(config.seed, {**_of_training(place), **selection}, *measured)
     _write(path, result)

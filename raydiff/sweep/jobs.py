@@ -213,7 +213,7 @@ def train_networks(
         detector = load_detector(place / ARTIFACT, device=job.device)
         if not isinstance(detector, DiffusionDetector):
             raise ConfigError(f"{place}: does not hold a diffusion model; remove the folder and run again")
-        caches[seed] = EvidenceCache.of(detector, shards, seed=0)
+        caches[seed] = EvidenceCache.of(detector, shards, seed=0, kinds=job.space.anomalies)
     return Networks(job, caches, rows, read_settings(job.folder))
 
 

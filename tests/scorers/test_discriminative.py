@@ -20,7 +20,7 @@ from raydiff.scorers.discriminative import Discriminative, Options, build
 from raydiff.testing import OracleDenoiser, planted_defect
 
 SHAPE = (1, 12, 12)
-QUICK = {"num_steps": 120, "batch_size": 8, "width": 32, "learning_rate": 3e-3, "blur": 0}
+QUICK = {"num_steps": 120, "batch_size": 8, "width": 32, "learning_rate": 3e-3, "noise": 0, "blur": 0}
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +113,13 @@ def test_the_same_weights_where_what_it_sees_is_not_kept(
     monkeypatch.setattr(discriminative, "_CACHE_BYTES", 0)
     made_anew = trained(oracle, num_steps=5).state()
     assert all(torch.equal(value, made_anew[name]) for name, value in kept.items())
+
+
+def test_noise_is_on_what_it_learns_from_alone(oracle: OracleDenoiser) -> None:
+    plain, noisy, again = (trained(oracle, num_steps=5, noise=noise).state() for noise in (0, 0.5, 0.5))
+    assert all(torch.equal(value, again[name]) for name, value in noisy.items())
+    assert not torch.equal(noisy["head.enter.weight"], plain["head.enter.weight"])
+    assert torch.equal(noisy["head.scale"], plain["head.scale"])
 
 
 def test_it_says_how_far_it_is(oracle: OracleDenoiser) -> None:
