@@ -21,7 +21,7 @@ from raydiff.distillation import TEACHER, student_config
 from raydiff.errors import ConfigError, DataError
 from raydiff.evaluation import evaluate
 from raydiff.experiment import ARTIFACT, CONFIG, calibrated, fit_baseline, fit_locally
-from raydiff.heads import with_trained_scorer
+from raydiff.heads import seconds_of_head, with_trained_scorer
 from raydiff.images import images_per_batch
 from raydiff.journal import write_whole
 from raydiff.plan import Cell, Training
@@ -152,9 +152,9 @@ def _detector(cell: Cell, out: Path, shards: ShardSet) -> tuple[Detector, float]
         raise DataError(f"{folder / _SECONDS}: does not say how long the training took; run the benchmark again")
     if trained.config.distillation is not None:  # its scorer is its own: one evaluation for all of the cell's
         return trained, seconds
-    scored, begun = trained.with_scoring(cell.config.scoring), time.monotonic()
-    detector = with_trained_scorer(scored, shards, without=weights_of(folder, shards).by_id)
-    return detector, seconds + (0.0 if detector is scored else time.monotonic() - begun)
+    without = weights_of(folder, shards).by_id
+    scored = with_trained_scorer(trained.with_scoring(cell.config.scoring), shards, without=without, keep_in=folder)
+    return scored, seconds + seconds_of_head(scored, folder)
 
 
 def _trained(key: str | None, out: Path, resources: Resources) -> DiffusionDetector:

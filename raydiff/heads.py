@@ -1,13 +1,15 @@
 """Scorers with a network of their own (:class:`raydiff.planting.TrainedScorer`), trained for a detector.
 
 That happens once the denoiser is trained and before anything is calibrated: in ``raydiff fit`` for the run's own
-scorer, whose head is kept in ``RUN/head`` so that a resumed run finds it; in a benchmark for each method; in a sweep
-for each choice of options that can change it; and for each fold (:mod:`raydiff.crossfit`), without the images that it
-leaves out. Training images alone are looked at.
+scorer; in a benchmark for each method, methods with the same head sharing it; in a sweep for each choice of options
+that can change it; and for each fold (:mod:`raydiff.crossfit`), without the images that it leaves out. Training images
+alone are looked at. Heads are kept in the denoiser's run, ``RUN/heads``, where a resumed run finds them.
 """
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from raydiff.artifact import encode_json, encode_tensors, read_folder, write_folder
-from raydiff.config import ExperimentConfig
+from raydiff.artifact import Folder, encode_json, encode_tensors, read_folder, write_folder
+from raydiff.config import ExperimentConfig, component_options
 from raydiff.detector import Detector, DiffusionDetector, build_scorer
 from raydiff.errors import ArtifactError
 from raydiff.images import to_tensor, to_uint8
@@ -28,10 +30,10 @@ from raydiff.shards import ShardSet
 from raydiff.splits import training_images
 from raydiff.storage import Place
 
-__all__ = ["HEAD", "PlantedExamples", "planted_examples", "with_trained_scorer"]
+__all__ = ["HEADS", "PlantedExamples", "planted_examples", "seconds_of_head", "with_trained_scorer"]
 
-HEAD = "head"
-"""The run folder's subfolder for what its own scorer's network has learnt."""
+HEADS = "heads"
+"""The run folder's subfolder for what scorers' own networks have learnt, each in a folder of its own."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def with_trained_scorer(
         detector: not calibrated, if it has something to train.
         shards: of which the training images are looked at.
         without: ids of training images that are left out.
-        keep_in: a run folder; a head that is there, of the same config and images, is not trained again.
+        keep_in: the run folder of the denoiser; a head of the same options that is there is not trained again.
         report: gets a line now and then (see :class:`raydiff.planting.TrainedScorer`).
 
     Raises:
@@ -106,14 +108,14 @@ def with_trained_scorer(
         return detector
     if detector.scorer.is_trained:
         return detector
-    origin = _origin(detector.config, shards, without)
     scorer = build_scorer(detector.config, int(detector.provenance["num_classes"]))
     assert isinstance(scorer, TrainedScorer)  # noqa: S101
-    known = None if keep_in is None else _kept(keep_in, origin)
+    origin, place = _origin(detector.config, scorer, shards, without), _place(keep_in, scorer)
+    known = None if place is None else _kept(place, origin)
     if known is not None:
-        scorer.load_state(known)
+        scorer.load_state(known.tensors("head.safetensors"))
         return replace(detector, scorer=scorer)
-    lines: list[Mapping[str, Any]] = []
+    lines, begun = list[Mapping[str, Any]](), time.monotonic()
 
     def heed(line: Mapping[str, Any]) -> None:
         lines.append(line)
@@ -121,22 +123,45 @@ def with_trained_scorer(
             report(line)
 
     scorer.train(detector.model, planted_examples(detector, scorer.plants, shards, without=without), heed)
-    if keep_in is not None:
+    if place is not None:
+        took = {"seconds": time.monotonic() - begun, "lines": lines}
         files = {"origin.json": encode_json(origin), "head.safetensors": encode_tensors(scorer.state())}
-        write_folder(keep_in / HEAD, "head", {**files, "progress.json": encode_json(lines)}, overwrite=True)
+        write_folder(place, "head", {**files, "progress.json": encode_json(took)}, overwrite=True)
     return replace(detector, scorer=scorer)
 
 
-def _origin(config: ExperimentConfig, shards: ShardSet, without: Collection[str]) -> dict[str, Any]:
-    return {"digest": config.digest(), "data_digest": shards.normal_digest, "without": sorted(without)}
+def seconds_of_head(detector: Detector, run_dir: Place) -> float:
+    """What the training of its scorer's own network took that a run keeps; 0 for a detector without one."""
+    if not isinstance(detector, DiffusionDetector) or not isinstance(detector.scorer, TrainedScorer):
+        return 0.0
+    place = _place(run_dir, detector.scorer)
+    assert place is not None  # noqa: S101
+    return float(read_folder(place).json("progress.json")["seconds"])
 
 
-def _kept(run_dir: Place, origin: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """The head of a run, where it was trained with the same config and images."""
-    if not (run_dir / HEAD).exists():
+def _place(run_dir: Place | None, scorer: TrainedScorer) -> Place | None:
+    """Where a run keeps a head of these options."""
+    name = hashlib.sha256(scorer.training_key().encode()).hexdigest()[:12]
+    return None if run_dir is None else run_dir / HEADS / name
+
+
+def _origin(
+    config: ExperimentConfig, scorer: TrainedScorer, shards: ShardSet, without: Collection[str]
+) -> dict[str, Any]:
+    """All that a head follows from."""
+    network = config.model_copy(update={"scoring": component_options("scorers", "denoising_error")})
+    return {
+        "network": network.digest(), "head": scorer.training_key(), "data_digest": shards.normal_digest,
+        "without": sorted(without),
+    }  # fmt: skip
+
+
+def _kept(place: Place, origin: Mapping[str, Any]) -> Folder | None:
+    """A head that lies there, if it is of this origin."""
+    if not place.exists():
         return None
     try:
-        folder = read_folder(run_dir / HEAD)
+        folder = read_folder(place)
     except ArtifactError:
         return None
-    return folder.tensors("head.safetensors") if folder.json("origin.json") == origin else None
+    return folder if folder.json("origin.json") == origin else None

@@ -21,7 +21,7 @@ from raydiff.errors import ConfigError, RaydiffError
 from raydiff.experiment import calibrated, fit_locally, split_batches
 from raydiff.exported import load_exported
 from raydiff.exporting import export
-from raydiff.heads import HEAD, planted_examples, with_trained_scorer
+from raydiff.heads import HEADS, planted_examples, seconds_of_head, with_trained_scorer
 from raydiff.images import to_tensor, to_uint8
 from raydiff.planting import Plants
 from raydiff.shards import ShardSet, write_shards
@@ -47,6 +47,12 @@ def head_of(detector: Detector) -> dict[str, Tensor]:
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def without_of(run: Path) -> list[str]:
+    """The images that a run's only head never saw."""
+    (kept,) = (run / HEADS).iterdir()
+    return list(json.loads((kept / "origin.json").read_text())["without"])
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +113,12 @@ def test_a_resumed_run_finds_its_head(
     assert isinstance(detector, DiffusionDetector)
     fresh = with_trained_scorer(detector.with_scoring(other.scoring), digit_shards, keep_in=again, report=lines.append)
     assert [line["head_step"] for line in lines if "head_step" in line] == [1, 2, 3]
-    assert json.loads((again / HEAD / "origin.json").read_text())["digest"] == fresh.config.digest()
+    assert len(list((again / HEADS).iterdir())) == 2
+    combined = component_options("scorers", {**other.scoring.model_dump(), "combine": "max", "blur": 3})
+    shared = with_trained_scorer(detector.with_scoring(combined), digit_shards, keep_in=again, report=lines.append)
+    assert len([line for line in lines if "head_step" in line]) == 3
+    assert same(head_of(shared), head_of(fresh))
+    assert seconds_of_head(shared, again) > 0
 
 
 def test_no_calibration_or_test_image_has_a_part_in_it(
@@ -164,7 +175,7 @@ def test_each_fold_has_a_head_that_never_saw_what_it_judges(tiny_config: Experim
     heads = []
     for fold in ("0", "1"):
         place = tmp_path / "run" / "folds" / fold
-        left_out = json.loads((place / HEAD / "origin.json").read_text())["without"]
+        left_out = without_of(place)
         assert left_out == sorted(json.loads((place / "weights.json").read_text()))
         judge = load_detector(place / "artifact")
         assert isinstance(judge, DiffusionDetector)
@@ -183,7 +194,7 @@ def test_contaminated_images_are_left_out_of_it(tiny_config: ExperimentConfig, t
     )  # fmt: skip
     shards = write_shards(config.data, str(tmp_path / "shards"))
     fit_locally(config, tmp_path / "run", shards)
-    without = json.loads((tmp_path / "run" / HEAD / "origin.json").read_text())["without"]
+    without = without_of(tmp_path / "run")
     assert without
     assert without == sorted(json.loads((tmp_path / "run" / "weights.json").read_text()))
 

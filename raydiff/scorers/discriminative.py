@@ -63,8 +63,8 @@ class Options(StepOptions):
         " by the others"
     )  # fmt: skip
     severities: tuple[int, ...] = Field((1, 2, 3), min_length=1, description="of the anomalies, from 1 to 5")
-    num_anomalies: int = Field(1000, ge=1, description="how many are planted, at least one in each image")
-    num_fit_images: int = Field(500, ge=1, description="training images that they are planted in, at most")
+    num_anomalies: int = Field(600, ge=1, description="how many are planted, at least one in each image")
+    num_fit_images: int = Field(300, ge=1, description="training images that they are planted in, at most")
     width: int = Field(64, ge=1, description="channels of the head")
     depth: int = Field(2, ge=0, description="blocks of the head")
     kernel_size: int = Field(3, ge=1, description="cells along a side that a block looks at, odd; 1: each cell alone")

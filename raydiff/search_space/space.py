@@ -229,7 +229,7 @@ class SearchSpace(Section):
             raise ConfigError(f"{where}: {error}") from error
 
     def digest(self) -> str:
-        """SHA-256 (hex) of what a study's trials depend on: parameters, base, objectives, anomalies, seeds; no budgets."""
+        """SHA-256 (hex) of what trials depend on: parameters, base, objectives, anomalies, seeds; not budgets."""
         named = {"anomalies"} if self.anomalies else set[str]()
         kept = self.model_dump(mode="json", include={"base", "parameters", "objectives", "seeds", *named})
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
