@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from PIL import Image
@@ -445,6 +446,27 @@ def test_a_method_is_distilled_and_measured_beside_its_teacher(tmp_path: Path) -
     refused = {"student": {"training": "unet", "scoring": scoring | {"num_inference_steps": 1}, "distil": {}}}
     with pytest.raises(ConfigError, match=r"methods\.student .*needs one network evaluation per score already"):
         run_benchmark(plan(write(tmp_path / "other.yaml", QUICK | changes | {"methods": refused})), tmp_path / "other")
+
+
+def test_methods_share_a_network_and_those_with_the_same_head_share_that(tmp_path: Path) -> None:
+    head = {"name": "discriminative", "num_steps": 4, "num_anomalies": 8, "num_fit_images": 8, "width": 8, "start": 0.3}
+    scorings = {"head": head | {"combine": "head"}, "both": head | {"blur": 0.5}, "other": head | {"sees": "image"}}
+    methods = {name: {"training": "unet", "scoring": scoring} for name, scoring in scorings.items()}
+    changes = {"methods": methods, "datasets": {"digits": {}}}
+    suite, out = plan(write(tmp_path / "suite.yaml", QUICK | changes)), tmp_path / "out"
+    result = run_benchmark(suite, out)
+    assert not result.failed
+    (training,) = suite.trainings
+    assert len(list((out / "trainings" / training / "heads").iterdir())) == 2
+    folders = {cell.method: read_folder(out / "cells" / cell.cell_id / "artifact") for cell in suite.cells}
+    weights = {name: folder.tensors("weights.safetensors") for name, folder in folders.items()}
+    first = "scorer.head.enter.weight"
+    assert torch.equal(weights["head"][first], weights["both"][first])
+    assert weights["other"][first].shape != weights["both"][first].shape
+    network = json.loads((out / "trainings" / training / "training_seconds.json").read_text())["seconds"]
+    seconds = {row.detector: row.training_seconds for row in rows_of(out).values() if row.subset_kind == "all"}
+    assert seconds["head"] == seconds["both"]
+    assert all(took > network for took in seconds.values())
 
 
 def test_a_student_of_a_run_with_folds_is_refused_before_anything_runs(tmp_path: Path) -> None:

@@ -68,11 +68,11 @@ class Options(StepOptions):
     width: int = Field(64, ge=1, description="channels of the head")
     depth: int = Field(2, ge=0, description="blocks of the head")
     kernel_size: int = Field(3, ge=1, description="cells along a side that a block looks at, odd; 1: each cell alone")
-    num_steps: int = Field(1000, ge=1, description="optimiser steps of the head")
+    num_steps: int = Field(300, ge=1, description="optimiser steps of the head")
     batch_size: int = Field(16, ge=2, description="images per step, half of them normal")
     learning_rate: float = Field(1e-3, gt=0, description="highest; a short warm-up, then half a cosine down to 0")
     noise: float = Field(
-        0.5, ge=0, description="deviation of the noise on what the head is shown while it learns, z-scored; without any"
+        1.0, ge=0, description="deviation of the noise on what the head is shown while it learns, z-scored; without any"
         " it learns by heart how well the denoiser knows the training images"
     )  # fmt: skip
 
