@@ -38,7 +38,7 @@ def check_scorer(name: str, **fields: Any) -> None:
             _check_finds_defect(what, scorer, oracle)
     for shape in ((1, 8, 8), (3, 16, 16) if conditional else (3, 8, 16)):
         oracle = _oracle(shape, _prediction_types(scorer)[0], conditional=conditional)
-        scorer = _trained(what, name, fields, oracle, shape)
+        scorer = _trained(what, name, fields, oracle, shape, steps=3)
         _check_training(what, name, fields, oracle, shape)
         _check_evidence(what, scorer, oracle, shape)
         _check_scorer_rows(what, scorer, oracle, shape)

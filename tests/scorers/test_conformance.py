@@ -35,10 +35,9 @@ VARIANTS = {
         {"density": "mahalanobis", "changes": "latent", "pooling": "max"},
     ],
     "discriminative": [
-        {"combine": "head", "num_inference_steps": 2, "normalise": "none"},
         {"combine": "max", "sees": "difference", "start_from": "noised", "depth": 0},
-        {"combine": "head", "sees": "image", "kernel_size": 1},
-        {"density": "mahalanobis", "num_inference_steps": 2, "width": 32},
+        {"combine": "head", "sees": "image", "kernel_size": 1, "width": 32, "noise": 0, "normalise": "none"},
+        {"density": "mahalanobis", "num_inference_steps": 2, "width": 16},
     ],
     "inversion": [
         {"statistic": "latent", "density": "none"},
