@@ -89,7 +89,8 @@ def points_of(benchmark: Benchmark, dataset: str, cost: str) -> list[Point]:
     """Every method with a network: ``cost`` is ``num_evaluations`` or ``ms_per_image``.
 
     A checkpoint is told by the config without what scoring, calibration and execution add, on the methods' first cell.
-    A method that lacks cells says so beside its name.
+    A method that lacks cells says so beside its name. One that asks its network nothing has no place on a log scale of
+    evaluations.
     """
     found, checkpoints = [], dict[str, int]()
     for method in benchmark.methods_of(dataset):
@@ -102,6 +103,8 @@ def points_of(benchmark: Benchmark, dataset: str, cost: str) -> list[Point]:
         if score.spread is None and ends is not None:
             below, above = max(0.0, score.mean - ends[0]), max(0.0, ends[1] - score.mean)
         value = fmean(float(getattr(row, cost)) for row in rows)
+        if not value:
+            continue
         name = f"{method} ({score.num_cells} of {score.num_expected})" if score.missing else method
         found.append(Point(name, number, value, score.mean, below, above))
     return found

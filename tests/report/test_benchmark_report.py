@@ -167,6 +167,13 @@ def test_points_of_one_checkpoint_share_a_colour(evaluations, cell):
     assert {p.method: p.checkpoint for p in points}["unet/other (1 of 2)"] == 1
 
 
+def test_a_method_that_asks_its_network_nothing_has_no_place_on_a_log_scale(cell):
+    benchmark = Benchmark([cell("unet/one", num_evaluations=1), cell("unet/none", num_evaluations=0)])
+    shown = {cost: [p.method for p in figures.points_of(benchmark, "tiles", cost)]
+             for cost in ("num_evaluations", "ms_per_image")}  # fmt: skip
+    assert shown == {"num_evaluations": ["unet/one"], "ms_per_image": ["unet/none", "unet/one"]}
+
+
 def test_names_in_a_figure_do_not_cross():
     points = [figures.Point(f"unet/scorer_{i}", 0, 8.0, 0.9 + 0.002 * i, 0.02, 0.02) for i in range(9)]
     svg = figures.scatter_figure(points, "NFE", "s")

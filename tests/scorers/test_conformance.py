@@ -36,7 +36,7 @@ VARIANTS = {
     ],
     "discriminative": [
         {"combine": "max", "sees": "difference", "start_from": "noised", "depth": 0},
-        {"combine": "head", "sees": "image", "kernel_size": 1, "width": 32, "noise": 0, "normalise": "none"},
+        {"combine": "head", "sees": "image", "kernel_size": 1, "noise": 0, "learning_rate": 3e-3},
         {"density": "mahalanobis", "num_inference_steps": 2, "width": 16},
     ],
     "inversion": [
