@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from raydiff.artifact import Folder, encode_json, encode_tensors, read_folder, write_folder
-from raydiff.config import ExperimentConfig, component_options
+from raydiff.config import component_options
 from raydiff.detector import Detector, DiffusionDetector, build_scorer
 from raydiff.errors import ArtifactError
 from raydiff.images import to_tensor, to_uint8
@@ -110,7 +110,8 @@ def with_trained_scorer(
         return detector
     scorer = build_scorer(detector.config, int(detector.provenance["num_classes"]))
     assert isinstance(scorer, TrainedScorer)  # noqa: S101
-    origin, place = _origin(detector.config, scorer, shards, without), _place(keep_in, scorer)
+    place = _place(keep_in, scorer)
+    origin = {} if place is None else _origin(detector, scorer, shards, without)
     known = None if place is None else _kept(place, origin)
     if known is not None:
         scorer.load_state(known.tensors("head.safetensors"))
@@ -146,13 +147,14 @@ def _place(run_dir: Place | None, scorer: TrainedScorer) -> Place | None:
 
 
 def _origin(
-    config: ExperimentConfig, scorer: TrainedScorer, shards: ShardSet, without: Collection[str]
+    detector: DiffusionDetector, scorer: TrainedScorer, shards: ShardSet, without: Collection[str]
 ) -> dict[str, Any]:
     """All that a head follows from."""
-    network = config.model_copy(update={"scoring": component_options("scorers", "denoising_error")})
+    config = detector.config.model_copy(update={"scoring": component_options("scorers", "denoising_error")})
+    network = encode_tensors(detector.network.state_dict())
     return {
-        "network": network.digest(), "head": scorer.training_key(), "data_digest": shards.normal_digest,
-        "without": sorted(without),
+        "config": config.digest(), "network": hashlib.sha256(network).hexdigest(),
+        "head": scorer.training_key(), "data_digest": shards.normal_digest, "without": sorted(without),
     }  # fmt: skip
 
 

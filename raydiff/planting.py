@@ -8,7 +8,6 @@ without test labels; a :class:`TrainedScorer` has them of training images, from 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -22,7 +21,7 @@ from raydiff.contracts import Perturbation, Scorer
 from raydiff.core.diffusion import Diffusion, keyed_seed
 from raydiff.errors import ConfigError
 
-__all__ = ["Examples", "LatentExamples", "Plants", "TrainedScorer", "anomalies", "check_kinds", "planted"]
+__all__ = ["Examples", "Plants", "TrainedScorer", "anomalies", "check_kinds", "planted"]
 
 
 class Plants(NamedTuple):
@@ -57,26 +56,6 @@ class Examples(Protocol):
     def shares(self, rows: Sequence[int]) -> Tensor:
         """The share of each cell that is anomalous, (len(rows), 1, H, W) from 0 to 1."""
         ...
-
-
-@dataclass(frozen=True)
-class LatentExamples:
-    """Of what is diffused itself: ``x`` (n, C, H, W), and which cells are anomalous, bool ``masks`` (n, 1, H, W)."""
-
-    x: Tensor
-    masks: Tensor
-    num_normal: int
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def latents(self, rows: Sequence[int]) -> Tensor:
-        """(len(rows), C, H, W)."""
-        return self.x[list(rows)]
-
-    def shares(self, rows: Sequence[int]) -> Tensor:
-        """(len(rows), 1, H, W), 0 or 1."""
-        return self.masks[list(rows)].float()
 
 
 @runtime_checkable

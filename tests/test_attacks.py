@@ -8,8 +8,8 @@ from raydiff.attacks import pgd
 from raydiff.config import component_options
 from raydiff.detector import BaselineDetector, DiffusionDetector
 from raydiff.errors import ConfigError, ShapeError
-from raydiff.planting import LatentExamples, TrainedScorer
-from raydiff.testing import planted_defect, small_images
+from raydiff.planting import TrainedScorer
+from raydiff.testing import LatentExamples, planted_defect, small_images
 
 ANOMALOUS = torch.tensor([True, False] * 5)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from raydiff.testing.baselines import check_baseline
 from raydiff.testing.datasets import check_dataset
 from raydiff.testing.denoisers import check_denoiser
+from raydiff.testing.examples import LatentExamples
 from raydiff.testing.images import planted_defect, small_images
 from raydiff.testing.oracle import CorrectingOracle, OracleDenoiser, TurnedOracle
 from raydiff.testing.perturbations import check_perturbation
@@ -23,6 +24,7 @@ from raydiff.testing.spaces import check_space
 
 __all__ = [
     "CorrectingOracle",
+    "LatentExamples",
     "OracleDenoiser",
     "TurnedOracle",
     "check_baseline",

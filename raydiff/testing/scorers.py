@@ -13,8 +13,9 @@ from raydiff.core.diffusion import Diffusion
 from raydiff.core.schedule import PredictionType, make_schedule
 from raydiff.errors import ConfigError
 from raydiff.judgement import Judge
-from raydiff.planting import LatentExamples, TrainedScorer
+from raydiff.planting import TrainedScorer
 from raydiff.testing._rows import build, check_rows, equal, require, tensors, untouched_generators
+from raydiff.testing.examples import LatentExamples
 from raydiff.testing.images import planted_defect, small_images
 from raydiff.testing.oracle import CorrectingOracle, OracleDenoiser, TurnedOracle
 

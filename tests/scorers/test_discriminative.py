@@ -14,10 +14,10 @@ from raydiff.core.diffusion import Diffusion
 from raydiff.core.metrics import image_auroc
 from raydiff.core.schedule import make_schedule
 from raydiff.errors import ArtifactError, ConfigError, RaydiffError, TrainingError
-from raydiff.planting import LatentExamples, TrainedScorer
+from raydiff.planting import TrainedScorer
 from raydiff.scorers import denoising_error, discriminative
 from raydiff.scorers.discriminative import Discriminative, Options, build
-from raydiff.testing import OracleDenoiser, planted_defect
+from raydiff.testing import LatentExamples, OracleDenoiser, planted_defect
 
 SHAPE = (1, 12, 12)
 QUICK = {"num_steps": 120, "batch_size": 8, "width": 32, "learning_rate": 3e-3, "noise": 0, "blur": 0}
