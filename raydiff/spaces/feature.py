@@ -12,13 +12,14 @@ back to images.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import copy
 from functools import partial
 from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raydiff.backbone import Backbone, BackboneOptions, FeatureMaps, Grid, averaged, grid_size, joined
@@ -121,6 +122,12 @@ class FeatureSpace:
             raise ArtifactError("the state of space 'feature' does not fit its options; fit it again")
         self._backbone.load_state(weights)
         self._mean, self._projection = state["mean"], state["projection"]
+
+    def compiled(self, quick: Callable[[nn.Module], nn.Module]) -> Self:
+        """A copy whose backbone is ``quick`` of it."""
+        other = copy(self)
+        other._backbone = self._backbone.compiled(quick)
+        return other
 
     def _project(self, mean: Tensor, projection: Tensor, maps: FeatureMaps) -> Tensor:
         cells = self._joined(maps)

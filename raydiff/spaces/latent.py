@@ -16,7 +16,8 @@ image, defects too, not know what normal images look like, which is the diffusio
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from copy import copy
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, field_validator
@@ -70,6 +71,7 @@ class LatentSpace:
         self.shape = (options.latent_channels, image_size[0] // options.factor, image_size[1] // options.factor)
         self._network: Autoencoder | None = None
         self._mean, self._deviation = torch.empty(0), torch.empty(0)
+        self._quick: nn.Module | None = None
 
     def check(self) -> None:
         """Nothing is needed."""
@@ -100,7 +102,7 @@ class LatentSpace:
     def encode(self, images: Tensor) -> Tensor:
         """(B, C, H, W) images in [-1, 1] to (B, K, h, w), of mean 0 and variance 1 per channel over training images."""
         mean, deviation = (v.to(images.device)[:, None, None] for v in (self._mean, self._deviation))
-        encoder = self._fitted().to(images.device).encoder
+        encoder = self._quick or self._fitted().to(images.device).encoder
         return self._by_chunks(lambda rows: (encoder(rows) - mean) / deviation, images, self._channels)
 
     def decode(self, latents: Tensor) -> Tensor | None:
@@ -128,6 +130,12 @@ class LatentSpace:
             raise ArtifactError("the state of space 'latent' does not fit its options; fit it again") from error
         self._network = network.eval().requires_grad_(False)
         self._mean, self._deviation = mean, deviation
+
+    def compiled(self, quick: Callable[[nn.Module], nn.Module]) -> Self:
+        """A copy whose encoder is ``quick`` of it."""
+        other = copy(self)
+        other._quick = quick(self._fitted().encoder)
+        return other
 
     def _fitted(self) -> Autoencoder:
         if self._network is None:

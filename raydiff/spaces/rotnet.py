@@ -14,11 +14,12 @@ Where normal images lie at any angle, as screws do, there is nothing to learn. T
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from copy import copy
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raydiff.config import Options as BaseOptions
@@ -85,6 +86,7 @@ class RotNetSpace:
         self.shape = (options.num_components, options.cells, options.cells)
         self._network: RotationNetwork | None = None
         self._mean, self._projection = torch.empty(0), torch.empty(0)
+        self._quick: nn.Module | None = None
 
     def check(self) -> None:
         """Nothing is needed."""
@@ -150,6 +152,12 @@ class RotNetSpace:
         self._network = network.eval().requires_grad_(False)
         self._mean, self._projection = mean, projection
 
+    def compiled(self, quick: Callable[[nn.Module], nn.Module]) -> Self:
+        """A copy whose network's features are ``quick`` of it."""
+        other = copy(self)
+        other._quick = quick(self._fitted().features)
+        return other
+
     def _fitted(self) -> RotationNetwork:
         if self._network is None:
             raise RaydiffError("space 'rotnet' has learnt nothing yet; call fit or load_state first")
@@ -209,10 +217,10 @@ class RotNetSpace:
 
     def _features(self, images: Tensor) -> Tensor:
         """(B, turns D, cells, cells): of each turn its features, laid back to where they are in the image."""
-        features, cells = self._fitted().to(images.device).features, self.options.cells
+        features, cells = self._quick or self._fitted().to(images.device).features, self.options.cells
 
         def of_turn(turn: int) -> Tensor:
-            turned = torch.rot90(images, turn, (-2, -1)).contiguous(memory_format=torch.channels_last)
+            turned = torch.rot90(images, turn, (-2, -1)).clone(memory_format=torch.channels_last)
             grid = F.adaptive_avg_pool2d(features(turned), cells)
             return F.normalize(torch.rot90(grid, -turn, (-2, -1)), dim=1)
 
