@@ -6,6 +6,7 @@ A run is a folder, on this machine or in an object store::
     shards/         the data, when the config names no other place
     checkpoints/    states to resume from
     space/          what a space that learns has learnt
+    grids/          what it made of the training images, until the network is trained, with ``data.grids: run``
     folds/          networks that each left some training images out, where the config asks for them
     suspects.csv    training and calibration images by how anomalous they look, with ``contamination.max_share``
     metrics.jsonl   and tensorboard/
@@ -41,6 +42,7 @@ from raydiff.fitting import (
     provenance_of,
     write_config,
 )
+from raydiff.grids import Grids
 from raydiff.images import ImageSpec
 from raydiff.runtime import CHECKPOINTS, LocalRuntime
 from raydiff.shards import ShardSet, TrainingBatch, TrainingOrder, cached_stream, fits_in_memory
@@ -214,6 +216,7 @@ def _with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
     """A run can be resumed from another working directory, and its workers have their own."""
     places = {
         "data.shards": config.data.shards,
+        "data.grids": None if config.data.grids == "run" else config.data.grids,
         "data.dataset.source": getattr(config.data.dataset, "source", None),
         "space.weights": getattr(config.space, "weights", None),
         "scoring.feature_weights": getattr(config.scoring, "feature_weights", None),
@@ -306,6 +309,7 @@ def _trained_here(
             held_out_images(config, shards, weights.left_out), runtime, num_classes=provenance["num_classes"],
             provenance=provenance, space_state=space_state(run_dir),
             teacher=teacher_in(run_dir, config, device=device), weights=weights,
+            grids=Grids.of(config, run_dir, shards),
         )  # fmt: skip
     except BaseException:
         with suppress(RaydiffError):  # the first error is the one to tell

@@ -221,13 +221,16 @@ class _Layout:
             raise ConfigError(f"{self._path}: methods.{name}.baseline: {_one_line(error)}") from error
 
     def _rooted(self, config: ExperimentConfig) -> ExperimentConfig:
-        """Relative paths of the data set made absolute."""
+        """Relative paths of the data set, and of grids, made absolute."""
         dataset = config.data.dataset
         places = {
             f"data.dataset.{option}": str(self._data_dir / Path(value).expanduser())
             for option in _PATHS
             if isinstance(value := getattr(dataset, option, None), str) and value and "://" not in value
         }
+        grids = config.data.grids
+        if grids is not None and grids != "run" and "://" not in grids:
+            places["data.grids"] = str(Path(grids).expanduser().resolve())
         return config.override(places)
 
     def _resources(self, method: Method) -> Resources:

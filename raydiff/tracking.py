@@ -179,6 +179,10 @@ def progress_line(metrics: Mapping[str, Any], num_steps: int, batch_size: int) -
         done = f"space: step {step}/{num_steps}  {100 * step // num_steps:3d} %"
         return f"{done}  loss {metrics['space_loss']:.4f}{left}"
     step = metrics["step"]
+    if "grids_made" in metrics:
+        made, missing = metrics["grids_made"], metrics["grids_missing"]
+        left = f"  {clock(metrics['grids_seconds'] / made * (missing - made))} left" if made < missing else ""
+        return f"grids: {made} of {missing} files made{left}"
     if metrics.get("resumed"):
         repeated = metrics.get("images_repeated", 0)
         return f"resumed at step {step}/{num_steps}; {repeated} images or little more are seen again"
