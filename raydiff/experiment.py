@@ -216,12 +216,11 @@ def _with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
     """A run can be resumed from another working directory, and its workers have their own."""
     places = {
         "data.shards": config.data.shards,
-        "data.grids": None if config.data.grids == "run" else config.data.grids,
         "data.dataset.source": getattr(config.data.dataset, "source", None),
         "space.weights": getattr(config.space, "weights", None),
         "scoring.feature_weights": getattr(config.scoring, "feature_weights", None),
     }
-    return config.override(
+    return config.located().override(
         {path: str(Path(place).resolve()) for path, place in places.items() if place and "://" not in place}
     )
 

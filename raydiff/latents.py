@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raydiff.contracts import Space
-from raydiff.overlap import to_device
+from raydiff.core.moving import to_device
 
 __all__ = ["Latents"]
 

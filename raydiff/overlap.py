@@ -15,7 +15,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["AHEAD", "Courier", "Sent", "ahead", "to_device"]
+from raydiff.core.moving import to_device
+
+__all__ = ["AHEAD", "Courier", "Sent", "ahead"]
 
 _T = TypeVar("_T")
 
@@ -84,13 +86,6 @@ def _emptied(waiting: Queue[Any]) -> None:
             waiting.get_nowait()
     except Empty:
         return
-
-
-def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """The tensor there. To a GPU it goes through pinned memory, and the host does not wait for it to arrive."""
-    if torch.device(device).type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

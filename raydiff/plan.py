@@ -228,10 +228,7 @@ class _Layout:
             for option in _PATHS
             if isinstance(value := getattr(dataset, option, None), str) and value and "://" not in value
         }
-        grids = config.data.grids
-        if grids is not None and grids != "run" and "://" not in grids:
-            places["data.grids"] = str(Path(grids).expanduser().resolve())
-        return config.override(places)
+        return config.located().override(places)
 
     def _resources(self, method: Method) -> Resources:
         """A baseline holds no GPU: it runs on the CPU."""

@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from raydiff.artifact import encode_json, encode_tensors, read_folder, write_folder
 from raydiff.config import ExperimentConfig, TrainingConfig
 from raydiff.core.diffusion import keyed_seed
+from raydiff.core.moving import to_device
 from raydiff.core.objective import diffusion_loss, loss_weights
 from raydiff.detector import NUM_ROTATIONS, DiffusionDetector, noised, schedule_of, tensors_below, trained_steps
 from raydiff.distillation import Teacher
@@ -29,7 +30,7 @@ from raydiff.errors import ArtifactError, TrainingError
 from raydiff.feeding import Feed, Meal
 from raydiff.grids import Grids
 from raydiff.latents import Latents
-from raydiff.overlap import ahead, to_device
+from raydiff.overlap import ahead
 from raydiff.runtime import Runtime
 from raydiff.shards import TrainingBatch
 from raydiff.storage import Place

@@ -181,6 +181,13 @@ class ExperimentConfig(Section):
             assign(data, path, deepcopy(value))  # a later path may lie within it
         return _validate(data, "--set")
 
+    def located(self) -> ExperimentConfig:
+        """The same with ``data.grids`` found from any working directory: a folder's path is made absolute."""
+        place = self.data.grids
+        if place is None or place == "run" or "://" in place:
+            return self
+        return self.override({"data.grids": str(Path(place).expanduser().resolve())})
+
     def to_resume(self, assignments: Sequence[str]) -> ExperimentConfig:
         """:meth:`override` for a run that goes on: its checkpoints hold for this config only.
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import shutil
+import threading
 from collections import namedtuple
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,17 @@ import torch
 
 from raydiff.artifact import read_folder
 from raydiff.config import ExperimentConfig
+from raydiff.detector import build_space
 from raydiff.errors import ConfigError, DataError, StorageError
-from raydiff.experiment import fit_locally, open_run
-from raydiff.grids import layout
-from raydiff.runtime import CHECKPOINTS
-from raydiff.shards import ShardSet
+from raydiff.experiment import cached, fit_locally, open_run
+from raydiff.grids import Grids, layout
+from raydiff.images import to_tensor
+from raydiff.runtime import CHECKPOINTS, LocalRuntime
+from raydiff.shards import ShardSet, TrainingBatch
 from raydiff.spaces.feature import FeatureSpace
+from raydiff.splits import training_images
 from raydiff.tracking import progress_line, read_metrics
+from raydiff.views import Views
 
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -180,6 +186,63 @@ def test_grids_that_were_half_made_are_gone_on_with(
     trained(config, tmp_path / "run", digit_shards)
     num_train = digit_shards.count("train")
     assert num_train - 40 < sum(encoded) <= num_train - 40 + 2 * digit_shards.count("calibration") + 40
+
+
+class Pair:
+    """Two workers in two threads: what :class:`raydiff.runtime.Runtime` is to what makes grids."""
+
+    def __init__(self) -> None:
+        self.values: list[torch.Tensor] = [torch.zeros(0)] * 2
+        self.lines: list[Mapping[str, Any]] = []
+        self.barrier = threading.Barrier(2, timeout=60)
+
+    def rank(self, rank: int) -> Any:
+        runtime = LocalRuntime(Path(), rank=rank, world_size=2, on_metrics=self.lines.append if rank == 0 else len)
+
+        def reduce_mean(values: torch.Tensor) -> torch.Tensor:
+            self.values[rank] = values
+            self.barrier.wait()
+            mean = (self.values[0] + self.values[1]) / 2
+            self.barrier.wait()
+            return mean
+
+        runtime.reduce_mean = reduce_mean  # type: ignore[method-assign]
+        return runtime
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_two_workers_make_each_grid_once_and_stream_their_shares(
+    feature_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path, encoded: list[int]
+) -> None:
+    """From step 7 on, windows of 50 images: each worker's batches are what it would encode, bit for bit."""
+    config = feature_config.override(
+        {"data.grids": str(tmp_path / "grids"), "data.shuffle_window": 50, **WAYS["views"]}
+    )  # fmt: skip
+    space = build_space(config)
+    space.fit(training_images(config, digit_shards, 40))
+    encoded.clear()
+    views, pair = Views.of(config, rotates=False), Pair()
+
+    def batches(rank: int) -> list[TrainingBatch]:
+        grids = Grids.of(config, tmp_path / "run", digit_shards)
+        assert grids is not None
+        stream = grids.stream(space, views, pair.rank(rank))(7)
+        return [next(stream) for _ in range(20)]
+
+    with ThreadPoolExecutor(2) as pool:
+        shares = list(pool.map(batches, (0, 1)))
+    assert sum(encoded) == 6 * digit_shards.count("train"), "three views, flipped and not"
+    assert pair.lines[-1]["grids_made"] == len(parts(tmp_path / "grids"))
+    for rank, share in enumerate(shares):
+        images = cached(config, digit_shards, rank=rank, world_size=2)(7)
+        for batch, plain in zip(share, images, strict=False):
+            assert batch.ids == plain.ids
+            assert batch.epochs.tolist() == plain.epochs.tolist()
+            drawn = views.drawn([(config.seed, int(e), i) for e, i in zip(plain.epochs, plain.ids, strict=True)])
+            pictures = to_tensor(views.pictures(plain.images, plain.ids, drawn))
+            turned = torch.stack([p.flip(-1) if v.flip else p for p, v in zip(pictures, drawn, strict=True)])
+            assert batch.grids is not None
+            assert torch.equal(torch.from_numpy(batch.grids), space.encode(turned))
 
 
 def test_sets_differ_by_what_grids_depend_on_and_nothing_else(
