@@ -1,0 +1,171 @@
+"""Training in feature space with grids kept in files, in memory and not at all, side by side.
+
+    python -m benchmarks.grids DATA [--turns 3] [--steps 100] [--images 400] [--set training.batch_size=32]
+
+DATA is a folder in the MVTec-AD layout. The same config is trained in five ways, which take turns, each run in a
+process of its own so that its peak memory is its own: nothing kept (``data.cache_mb: 0``: every epoch decodes and
+encodes anew), what the network made kept in memory (the default), kept in Parquet files that this run makes, in files
+that it finds, and in float16 ones. Shards and the space's fit are ready beforehand. Seconds are those of the whole
+training, making the grids included; images/s are of its second half. Ratios are taken per turn, against memory. All but
+float16 must end with the same weights, bit for bit; it says whether they do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raydiff.config import ExperimentConfig, load_config
+from raydiff.experiment import cached, fit_space, held_out_images, provenance_of, space_state, streamed
+from raydiff.grids import Grids
+from raydiff.images import ImageSpec
+from raydiff.provenance import hardware, source_commit
+from raydiff.runtime import CHECKPOINTS, LocalRuntime
+from raydiff.shards import ShardSet, fits_in_memory, write_shards
+from raydiff.training import train
+
+_RECIPE = Path(__file__).parent.parent / "examples/configs/photographs.yaml"
+WAYS: dict[str, dict[str, Any]] = {
+    "nothing kept": {"data.cache_mb": 0},
+    "memory": {},
+    "Parquet, made": {"data.cache_mb": 0, "data.grids": "{made}"},
+    "Parquet, found": {"data.cache_mb": 0, "data.grids": "{found}"},
+    "Parquet float16, found": {"data.cache_mb": 0, "data.grids": "{found}", "data.grids_dtype": "float16"},
+}
+
+
+def run(way: str, folder: Path, device: str) -> dict[str, Any]:
+    """Train in one way, in this process; what it took."""
+    config = load_config(folder / "config.yaml")
+    places = {"made": str(folder / "made"), "found": str(folder / "found")}
+    chosen = {k: v.format(**places) if isinstance(v, str) else v for k, v in WAYS[way].items()}
+    config = config.override(chosen)
+    shards = ShardSet.open(str(folder / "shards"))
+    held_out, lines = held_out_images(config, shards), list[tuple[float, int]]()
+    before = _peak_mb()
+    with tempfile.TemporaryDirectory() as place:
+        runtime = LocalRuntime(Path(place), device, on_metrics=lambda m: lines.append((time.monotonic(), m["step"])))
+        stream = cached if fits_in_memory(shards, ImageSpec.of(config.data), config.data.cache_mb) else streamed
+        begun = time.monotonic()
+        train(
+            config, stream(config, shards), held_out, runtime, num_classes=1, provenance=provenance_of(shards),
+            space_state=space_state(folder), grids=Grids.of(config, Path(place), shards),
+        )  # fmt: skip
+        seconds = time.monotonic() - begun
+        newest = sorted((Path(place) / CHECKPOINTS).iterdir())[-1]
+        digest = hashlib.sha256((newest / "weights.safetensors").read_bytes()).hexdigest()
+    return {
+        "seconds": seconds,
+        "images_per_second": _second_half(lines, config),
+        "peak_mb": _peak_mb(),
+        "before_mb": before,
+        "weights": digest,
+        "gpu_mb": torch.cuda.max_memory_allocated() / 2**20 if device != "cpu" else 0.0,
+    }
+
+
+def _second_half(lines: list[tuple[float, int]], config: ExperimentConfig) -> float:
+    middle = next(line for line in lines if line[1] >= config.training.num_steps / 2)
+    return (lines[-1][1] - middle[1]) * config.training.batch_size / (lines[-1][0] - middle[0])
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _prepare(arguments: argparse.Namespace, folder: Path) -> ExperimentConfig:
+    log_every = max(1, arguments.steps // 20)
+    config = load_config(_RECIPE).override(
+        [
+            f"data.dataset.source={Path(arguments.data).resolve()}", f"data.max_train_images={arguments.images}",
+            f"training.num_steps={arguments.steps}", f"training.log_every={log_every}",
+            "training.validate_every=100000", "training.checkpoint_every=100000", "training.validation_images=1",
+            *arguments.overrides,
+        ]
+    )  # fmt: skip
+    shards = write_shards(config.data, str(folder / "shards"))
+    fit_space(config, folder, shards, device=arguments.device)
+    (folder / "config.yaml").write_text(json.dumps(config.to_dict()))
+    return config
+
+
+def _child(way: str, folder: Path, device: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.grids", str(folder), "--way", way, "--device", device]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(f"{way}: {json.dumps(found)}", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", help="a folder of images")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--images", type=int, default=400, help="training and calibration images")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="FIELD=VALUE")
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.way:
+        print(json.dumps(run(arguments.way, Path(arguments.data), arguments.device)))
+        return
+    found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        config = _prepare(arguments, folder)
+        for way in list(WAYS)[3:]:
+            _child(way, folder, arguments.device)  # makes what the measured runs find
+        for _ in range(arguments.turns):
+            for way, runs in found.items():
+                shutil.rmtree(folder / "made", ignore_errors=True)
+                runs.append(_child(way, folder, arguments.device))
+        sizes = [sum(file.stat().st_size for file in grids.glob("*.parquet")) for grids in (folder / "found").iterdir()]
+        count = ShardSet.open(str(folder / "shards")).count("train")
+    _report(found, config, arguments, count, max(sizes) / 2**20)
+
+
+def _report(
+    found: dict[str, list[dict[str, Any]]], config: ExperimentConfig, arguments: argparse.Namespace, count: int,
+    size_mb: float,
+) -> None:  # fmt: skip
+    epochs = arguments.steps * config.training.batch_size / count
+    print(
+        f"\n{hardware(arguments.device)}; commit {source_commit()}; seed {config.seed}; {arguments.turns} turns of"
+        f" {arguments.steps} steps of {config.training.batch_size} images, {count} training images ({epochs:.1f}"
+        f" epochs), {config.data.image_size[0]} px; grids {size_mb:.0f} MB\n"
+    )
+    head = ["", "seconds", "over memory", "images/s, second half", "over memory", "peak memory, MB"]
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for way, runs in found.items():
+        cells = [way]
+        for name, form in (("seconds", ".1f"), ("images_per_second", ".1f")):
+            pairs = zip(runs, found["memory"], strict=True)
+            cells += [_spread((one[name] for one in runs), form), _spread((a[name] / b[name] for a, b in pairs), ".2f")]
+        print(f"| {' | '.join([*cells, _spread((one['peak_mb'] for one in runs), '.0f')])} |")
+    exact = {one["weights"] for way, runs in found.items() if "float16" not in way for one in runs}
+    print(f"\nfloat32 weights: {'the same, bit for bit' if len(exact) == 1 else 'THEY DIFFER'}")
+
+
+def _spread(values: Iterable[float], form: str) -> str:
+    values = list(values)
+    return f"{statistics.median(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
+
+
+if __name__ == "__main__":
+    main()
