@@ -7,6 +7,7 @@ step s does from there what an uninterrupted one does, and one worker and two se
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -38,6 +39,8 @@ from raydiff.views import Views
 from raydiff.weighting import Weights
 
 __all__ = ["HeldOut", "Stream", "TrainingSummary", "learning_rate", "train"]
+
+_logger = logging.getLogger(__name__)
 
 Stream = Callable[[int], Iterator[TrainingBatch]]
 """``stream(start_step)`` gives this rank's share of each global batch from that optimiser step on."""
@@ -188,11 +191,27 @@ class _Loop:
             return ahead(iter(()))
         if grids is not None and self.space.costly:
             stream = grids.stream(self.space, self.views, self.runtime, step=self.step)
+        else:
+            self._say_if_forgotten()
         feed = Feed(
             self.config, self.views, self.weights, self.latents, num_classes=self.num_classes,
             device=self.runtime.device,
         )  # fmt: skip
         return ahead(feed.meals(stream(self.step)))
+
+    def _say_if_forgotten(self) -> None:
+        """A run that encodes its images in every epoch anew may not know that it need not."""
+        num_images, data = int(self.provenance.get("num_train_images") or 0), self.config.data
+        if not self.space.costly or self.views.endless or self.runtime.rank:
+            return
+        needed = math.ceil(4 * math.prod(self.space.shape) * num_images * len(self.views.all) / 2**20)
+        repeats = self.config.training.num_steps * self.config.training.batch_size > 2 * num_images
+        if needed > data.cache_mb and repeats:
+            _logger.warning(
+                "what space %s makes of the training images takes %d MB, more than data.cache_mb (%d): most is made"
+                " anew each time; set data.grids to run to keep it in files, or raise data.cache_mb",
+                self.config.space.name, needed, data.cache_mb,
+            )  # fmt: skip
 
     def optimise(self, meals: Sequence[Meal]) -> None:
         """One optimiser step on this rank's share of the global batch, in one backward pass for each meal."""

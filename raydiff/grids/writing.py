@@ -6,6 +6,7 @@ was at, up to 32 MB of grids (or the views of one image), and so much memory doe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -30,7 +31,7 @@ from raydiff.overlap import ahead
 from raydiff.runtime import Runtime
 from raydiff.shards import ShardSet, TrainingOrder
 from raydiff.shards.groups import GroupReader
-from raydiff.storage import Storage
+from raydiff.storage import PARTIAL, Storage
 from raydiff.views import View, Views
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ __all__ = ["Maker", "write_missing"]
 _logger = logging.getLogger(__name__)
 _ENCODED_TOGETHER = 32
 _REPORT_S = 5.0
+_DAY_S = 86_400.0
 _MARGIN = 1.02  # what Parquet adds
 
 
@@ -126,6 +128,8 @@ def write_missing(
         StorageError: there is no room for them, the place cannot be written, or it is not the same one for all workers.
         DataError: an image cannot be read.
     """
+    if runtime.rank == 0:
+        _tidy(storage)
     missing = missing_parts(grids, storage, runtime)
     if not missing:
         return 0
@@ -168,6 +172,16 @@ def missing_parts(grids: GridSet, storage: Storage, runtime: Runtime) -> list[Pa
             _logger.warning("%s/%s: %s; it is made anew", storage.label, part.name, fault)
     found = runtime.reduce_mean(faulty.to(runtime.device)).cpu()
     return [part for part, share in zip(grids.parts, found.tolist(), strict=True) if share]
+
+
+def _tidy(storage: Storage) -> None:
+    """Remove what killed processes left half written, once it is a day old: until then another may be writing it."""
+    if storage.local_path is None:
+        return
+    for left in storage.local_path.glob(f"{PARTIAL}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _DAY_S:
+                left.unlink()
 
 
 def _check_room(grids: GridSet, storage: Storage, missing: Sequence[Part]) -> None:

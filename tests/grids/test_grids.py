@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections import namedtuple
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,7 @@ from raydiff.runtime import CHECKPOINTS, LocalRuntime
 from raydiff.shards import ShardSet, TrainingBatch
 from raydiff.spaces.feature import FeatureSpace
 from raydiff.splits import training_images
+from raydiff.storage import PARTIAL, Storage
 from raydiff.tracking import progress_line, read_metrics
 from raydiff.views import Views
 
@@ -243,6 +248,71 @@ def test_two_workers_make_each_grid_once_and_stream_their_shares(
             turned = torch.stack([p.flip(-1) if v.flip else p for p, v in zip(pictures, drawn, strict=True)])
             assert batch.grids is not None
             assert torch.equal(torch.from_numpy(batch.grids), space.encode(turned))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_parts")
+def test_kill_9_in_the_middle_of_a_file(
+    feature_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path, encoded: list[int]
+) -> None:
+    """The process ends while it writes its fourth file. That is not there; what was left of it goes after a day."""
+    config = feature_config.override({"data.grids": str(tmp_path / "grids")})
+    script = f"""
+import itertools, json, os, shutil, signal
+from pathlib import Path
+from raydiff.config import ExperimentConfig
+from raydiff.experiment import fit_locally
+from raydiff.grids import layout
+from raydiff.shards import ShardSet
+layout._PART_BYTES, layout._GROUP_BYTES = {layout._PART_BYTES}, {layout._GROUP_BYTES}
+copy, calls = shutil.copyfileobj, itertools.count()
+def killed(source, target, *rest):
+    if list(Path({str(tmp_path / "grids")!r}).rglob("*.parquet"))[2:]:
+        target.write(source.read(100))
+        target.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    copy(source, target, *rest)
+shutil.copyfileobj = killed
+fit_locally(ExperimentConfig.model_validate(json.loads(input())), Path({str(tmp_path / "run")!r}),
+            ShardSet.open({digit_shards.uri!r}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], input=json.dumps(config.to_dict()), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == -9
+    (left,) = (tmp_path / "grids").rglob(f"{PARTIAL}*")
+    assert len(parts(tmp_path / "grids")) == 3
+    os.utime(left, (0, 0))
+    resumed = trained(config, tmp_path / "run", digit_shards)
+    num_held_out = digit_shards.count("calibration")
+    assert sum(encoded) <= digit_shards.count("train") - 30 + 2 * num_held_out + 40
+    assert not left.exists()
+    assert resumed == trained(feature_config, tmp_path / "without", digit_shards)
+
+
+@pytest.mark.slow
+def test_grids_in_an_object_store(
+    feature_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path, object_store: Callable[[str], str]
+) -> None:
+    """Shared by two runs, the second of which lies in the store itself and has its own."""
+    place = object_store("store/grids")
+    without = trained(feature_config, tmp_path / "without", digit_shards)
+    for name in ("first", "second"):
+        assert trained(feature_config.override({"data.grids": place}), tmp_path / name, digit_shards) == without
+    assert not [line for line in read_metrics(tmp_path / "second") if "grids_made" in line]
+    own = Storage.of(object_store("store/run"))
+    fit_locally(feature_config.override({"data.grids": "run"}), own, digit_shards)
+    assert (read_folder(own / "artifact").path / "weights.safetensors").read_bytes().hex() in without
+    assert not [name for name in own.files() if name.endswith(".parquet")]
+
+
+def test_one_is_told_that_memory_does_not_hold_it(
+    feature_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = feature_config.override({"data.cache_mb": 0})
+    with caplog.at_level(logging.WARNING, "raydiff.training"):
+        fit_locally(config, tmp_path / "run", digit_shards)
+    assert "takes 1 MB, more than data.cache_mb (0): most is made anew each time; set data.grids to run" in caplog.text
 
 
 def test_sets_differ_by_what_grids_depend_on_and_nothing_else(
