@@ -6,7 +6,8 @@ DATA is a folder in the MVTec-AD layout. The same config is trained in five ways
 process of its own so that its peak memory is its own: nothing kept (``data.cache_mb: 0``: every epoch decodes and
 encodes anew), what the network made kept in memory (the default), kept in Parquet files that this run makes, in files
 that it finds, and in float16 ones. Shards and the space's fit are ready beforehand. Seconds are those of the whole
-training, making the grids included; images/s are of its second half. Ratios are taken per turn, against memory. All but
+training, making the grids included, core-seconds what the process computed in them (which other work on the machine
+hardly changes); images/s are of the second half. Ratios are taken per turn, against memory. All but
 float16 must end with the same weights, bit for bit; it says whether they do.
 """
 
@@ -15,14 +16,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
 import resource
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +60,17 @@ def run(way: str, folder: Path, device: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         runtime = LocalRuntime(Path(place), device, on_metrics=lambda m: lines.append((time.monotonic(), m["step"])))
         stream = cached if fits_in_memory(shards, ImageSpec.of(config.data), config.data.cache_mb) else streamed
-        begun = time.monotonic()
+        begun, worked = time.monotonic(), time.process_time()
         train(
             config, stream(config, shards), held_out, runtime, num_classes=1, provenance=provenance_of(shards),
             space_state=space_state(folder), grids=Grids.of(config, Path(place), shards),
         )  # fmt: skip
-        seconds = time.monotonic() - begun
+        seconds, core_seconds = time.monotonic() - begun, time.process_time() - worked
         newest = sorted((Path(place) / CHECKPOINTS).iterdir())[-1]
         digest = hashlib.sha256((newest / "weights.safetensors").read_bytes()).hexdigest()
     return {
         "seconds": seconds,
+        "core_seconds": core_seconds,
         "images_per_second": _second_half(lines, config),
         "peak_mb": _peak_mb(),
         "before_mb": before,
@@ -102,14 +104,24 @@ def _prepare(arguments: argparse.Namespace, folder: Path) -> ExperimentConfig:
     return config
 
 
-def _child(way: str, folder: Path, device: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.grids", str(folder), "--way", way, "--device", device]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+def _measured(way: str, folder: Path, device: str) -> dict[str, Any]:
+    """:func:`run` in a process of its own: a fork, which need not import anything, but where there is a GPU."""
+    context: Any = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, way, folder, device))
+    process.start()
+    sender.close()
+    try:
+        found: dict[str, Any] = receiver.recv()
+    except EOFError:
+        raise SystemExit(f"{way}: the run failed; see above") from None
+    process.join()
     print(f"{way}: {json.dumps(found)}", flush=True)
     return found
+
+
+def _send(sender: Connection, way: str, folder: Path, device: str) -> None:
+    sender.send(run(way, folder, device))
 
 
 def main() -> None:
@@ -120,21 +132,17 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=400, help="training and calibration images")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="FIELD=VALUE")
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.way:
-        print(json.dumps(run(arguments.way, Path(arguments.data), arguments.device)))
-        return
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         config = _prepare(arguments, folder)
         for way in list(WAYS)[3:]:
-            _child(way, folder, arguments.device)  # makes what the measured runs find
+            _measured(way, folder, arguments.device)  # makes what the measured runs find
         for _ in range(arguments.turns):
             for way, runs in found.items():
                 shutil.rmtree(folder / "made", ignore_errors=True)
-                runs.append(_child(way, folder, arguments.device))
+                runs.append(_measured(way, folder, arguments.device))
         sizes = [sum(file.stat().st_size for file in grids.glob("*.parquet")) for grids in (folder / "found").iterdir()]
         count = ShardSet.open(str(folder / "shards")).count("train")
     _report(found, config, arguments, count, max(sizes) / 2**20)
@@ -150,14 +158,16 @@ def _report(
         f" {arguments.steps} steps of {config.training.batch_size} images, {count} training images ({epochs:.1f}"
         f" epochs), {config.data.image_size[0]} px; grids {size_mb:.0f} MB\n"
     )
-    head = ["", "seconds", "over memory", "images/s, second half", "over memory", "peak memory, MB"]
+    head = ["", "seconds", "over memory", "core-seconds", "over memory", "images/s, second half", "over memory"]
+    head += ["peak memory, MB", "of it before"]
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for way, runs in found.items():
         cells = [way]
-        for name, form in (("seconds", ".1f"), ("images_per_second", ".1f")):
+        for name, form in (("seconds", ".1f"), ("core_seconds", ".1f"), ("images_per_second", ".1f")):
             pairs = zip(runs, found["memory"], strict=True)
             cells += [_spread((one[name] for one in runs), form), _spread((a[name] / b[name] for a, b in pairs), ".2f")]
-        print(f"| {' | '.join([*cells, _spread((one['peak_mb'] for one in runs), '.0f')])} |")
+        cells += [_spread((one[name] for one in runs), ".0f") for name in ("peak_mb", "before_mb")]
+        print(f"| {' | '.join(cells)} |")
     exact = {one["weights"] for way, runs in found.items() if "float16" not in way for one in runs}
     print(f"\nfloat32 weights: {'the same, bit for bit' if len(exact) == 1 else 'THEY DIFFER'}")
 

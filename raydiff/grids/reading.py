@@ -1,7 +1,7 @@
 """Streaming grids in the training order: the batches that training would see, with grids in place of images.
 
-Memory: the rows of a block, up to 32 MB (one batch at least), three times: one that is read, one that is cut into
-batches, and what waits; and the footers of 64 files. Nothing grows with the number of images.
+Memory: the rows of a block, up to 32 MB (one batch at least), four times: one that is read, with what it is read from,
+one that waits, and one that is cut into batches; and the footers of 64 files. Nothing grows with the number of images.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 
 from raydiff.errors import DataError
 from raydiff.grids.layout import METADATA, GridSet, Part
+from raydiff.overlap import ahead
 from raydiff.shards import TrainingBatch, TrainingOrder
 from raydiff.shards.order import Share, Window
 from raydiff.shards.windows import cut, parts_of
@@ -174,7 +176,8 @@ def grid_stream(
                 yield _block(files, order.seed, window, rows[part], views, labels)
 
     try:
-        yield from cut(blocks(), share.rows_per_step)
+        with closing(ahead(blocks(), 1)) as pieces:  # the next block is read while this one is trained on
+            yield from cut(pieces, share.rows_per_step)
     finally:
         files.close()
 
