@@ -21,11 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
 
+from benchmarks.paired import Key, differences, shards_of
 from raydiff.config import component_options
-from raydiff.core.statistics import auroc_draws, hierarchical_difference
-from raydiff.detector import Detector, DiffusionDetector, load_detector
+from raydiff.detector import DiffusionDetector, load_detector
 from raydiff.ensembling import ensemble_of
 from raydiff.evaluation import evaluate
 from raydiff.fitting import calibrated
@@ -38,7 +37,6 @@ RANGES = {1: (0.7, 0.8), 3: (0.5, 0.8), 10: (0.3, 0.8)}
 """Network evaluations of one member: lowest and highest step."""
 PATCHES = ("features, patch-kNN, same levels", "features, patch-kNN, levels 3 and 4")
 METRICS = ("auroc", "tpr_at_5_fpr", "pixel_auroc", "pixel_average_precision", "aupro")
-Key = tuple[str, int]
 
 
 def scoring(evaluations: int) -> dict[str, Any]:
@@ -62,14 +60,6 @@ def trained(folders: Iterable[Path]) -> dict[Key, dict[str, DiffusionDetector]]:
             source = Path(str(detector.config.data.dataset.source)).name  # type: ignore[attr-defined]
             found[source, detector.config.seed][name] = detector
     return found
-
-
-def shards_of(detector: Detector, folders: Iterable[Path]) -> ShardSet:
-    for place in (path for folder in folders for path in folder.glob("shards/*")):
-        shards = ShardSet.open(place)
-        if shards.normal_digest == detector.provenance["data_digest"]:
-            return shards
-    raise SystemExit(f"no shards of {detector.config.data.dataset} below {', '.join(map(str, folders))}")
 
 
 def measured(key: Key, members: Mapping[str, DiffusionDetector], shards: ShardSet, count: int) -> list[Evaluation]:
@@ -100,26 +90,6 @@ def suite_rows(folders: Iterable[Path]) -> dict[str, dict[Key, NDArray[np.float6
                 found[row.detector][row.dataset.replace(" ", "_"), row.seed] = predictions.scores
                 print(f"{row.dataset} seed {row.seed}, {line(evaluation)}", flush=True)
     return found
-
-
-def differences(ours: Mapping[Key, Evaluation], theirs: Mapping[Key, NDArray[np.float64]]) -> str:
-    """AUROC won, mean over categories of the mean over seeds, with its interval."""
-    values: dict[str, list[float]] = defaultdict(list)
-    draws: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
-    for source, seed in sorted(ours.keys() & theirs.keys()):
-        predictions = ours[source, seed].predictions
-        assert predictions is not None
-        scores, labels = (predictions.scores, theirs[source, seed]), predictions.labels
-        drawn = auroc_draws(scores, labels, 2000, (len(source),))
-        draws[source].append(drawn[0] - drawn[1])
-        values[source].append(float(roc_auc_score(labels, scores[0]) - roc_auc_score(labels, scores[1])))
-    parts = []
-    for source in values:
-        low, high = np.quantile(np.mean(draws[source], 0), [0.025, 0.975])
-        parts.append(f"{source} {np.mean(values[source]):+.3f} [{low:+.3f}, {high:+.3f}]")
-    whole = hierarchical_difference(list(values.values()), list(draws.values()))
-    estimate = whole.estimate
-    return f"{', '.join(parts)}; mean {estimate.value:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
 
 
 def main() -> None:
@@ -153,10 +123,10 @@ def main() -> None:
                 cells.append(f"{metric} {np.mean(values):.3f} ± {np.std(values, ddof=min(1, len(values) - 1)):.3f}")
             milliseconds = np.mean([row.ms_per_image for row in rows])
             print(f"  {source}, {len(rows)} seeds: {', '.join(cells)}, {milliseconds:.1f} ms")
+        predicted = {key: found.predictions for key, found in evaluations.items() if found.predictions is not None}
         for method, theirs in patches.items():
-            if not evaluations.keys() & theirs.keys():
-                continue
-            print(f"  AUROC minus {method}: {differences(evaluations, theirs)}")
+            if predicted.keys() & theirs.keys():
+                print(f"  AUROC minus {method}: {differences(predicted, theirs)}")
 
 
 if __name__ == "__main__":

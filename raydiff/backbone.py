@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -164,6 +165,14 @@ class Backbone:
         if images.shape[0] == 0:  # the shape is wanted
             return call(images.new_zeros(size, *images.shape[1:]))[:0]
         return by_chunks(call, size, images, device=images.device)
+
+    def compiled(self, quick: Callable[[nn.Module], nn.Module]) -> Self:
+        """A copy that calls ``quick`` of its network; its state is the same."""
+        self._built()
+        assert self._quick is not None  # noqa: S101
+        other = copy(self)
+        other._quick = quick(self._quick)
+        return other
 
     def _normalised(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) as the network was trained on, channels last; grey is repeated."""

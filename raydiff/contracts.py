@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from raydiff.config import Options
 from raydiff.core.diffusion import Diffusion
@@ -171,6 +171,15 @@ class TrainedSpace(Space, Protocol):
 
         ``report`` gets ``space_step`` of ``space_steps``, ``space_loss`` and ``space_seconds`` since it began.
         """
+        ...
+
+
+@runtime_checkable
+class CompilableSpace(Space, Protocol):
+    """A :class:`Space` that calls a network to encode, which may be compiled. Optional."""
+
+    def compiled(self, quick: Callable[[nn.Module], nn.Module]) -> Self:
+        """A copy of the fitted space that calls ``quick`` of its network; its state is the same."""
         ...
 
 

@@ -31,6 +31,7 @@ __all__ = ["serve"]
 @click.option("--batch-wait-ms", default=0.0, show_default=True, help="Wait for more once the detector is free.")
 @click.option("--num-cpus", default=1.0, show_default=True, help="CPUs of a replica; fractions too.")
 @click.option("--num-gpus", default=0.0, show_default=True, help="GPUs of a replica; 0 scores on the CPU.")
+@click.option("--compile", is_flag=True, help="Compile the networks first; quicker on a GPU, starts later.")
 @click.option("--timeout-s", default=30.0, show_default=True, help="An answer takes no longer.")
 @click.option("--roll-timeout-s", default=300.0, show_default=True, help="A roll that takes longer is given up.")
 @click.option("--max-mb", default=32.0, show_default=True, help="Megabytes of an image.")

@@ -122,7 +122,10 @@ class Scorer:
         settings = self._settings
 
         def load() -> str:
-            return load_artifact(folder, device=settings.device, max_batch=settings.largest_batch).artifact_id
+            loaded = load_artifact(
+                folder, device=settings.device, max_batch=settings.largest_batch, compile=settings.compile
+            )
+            return loaded.artifact_id
 
         try:
             return await asyncio.get_running_loop().run_in_executor(self._loader, load)
@@ -156,6 +159,7 @@ class Scorer:
             device=settings.device,
             max_batch=settings.largest_batch,
             limits=settings.limits,
+            compile=settings.compile,
         )
         if service.artifact_id != wanted.artifact_id:
             raise ArtifactError(f"{label_of(wanted.folder)}: is another artefact than was rolled to; roll to it again")

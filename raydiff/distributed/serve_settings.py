@@ -22,7 +22,8 @@ class ServeSettings(BaseModel):
 
     ``target_fpr`` is in force until another is set by HTTP; None is each artefact's own. ``artifact_root`` allows
     rolling to artefacts below it by HTTP. A replica takes up to ``max_ongoing`` images at a time, and ``max_queued``
-    more wait for a place; what comes then is refused. ``timeout_s`` is from a request's head to its answer,
+    more wait for a place; what comes then is refused. ``compile`` has each replica compile an artefact's networks
+    before it answers (:mod:`raydiff.compiling`). ``timeout_s`` is from a request's head to its answer,
     ``roll_timeout_s`` from a roll's head until every replica has it.
     """
 
@@ -38,6 +39,7 @@ class ServeSettings(BaseModel):
     batch_wait_ms: float = Field(0.0, ge=0)
     num_cpus: float = Field(1.0, ge=0)
     num_gpus: float = Field(0.0, ge=0)
+    compile: bool = False
     timeout_s: float = Field(30.0, gt=0)
     roll_timeout_s: float = Field(300.0, gt=0)
     max_mb: float = Field(32.0, gt=0)

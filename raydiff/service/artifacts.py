@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from raydiff.compiling import compiled
 from raydiff.core.calibration import Calibration
 from raydiff.detector import Detector, load_detector
 from raydiff.errors import ArtifactError, ConfigError, DataError, NotCalibratedError, RaydiffError
@@ -58,8 +59,9 @@ class LoadedArtifact:
 
 
 def load_artifact(
-    folder: str | Path, *, device: str = "cpu", max_batch: int = 32, window: int = 1000, min_scores: int = 100
-) -> LoadedArtifact:
+    folder: str | Path, *, device: str = "cpu", max_batch: int = 32, window: int = 1000, min_scores: int = 100,
+    compile: bool = False,  # noqa: A002
+) -> LoadedArtifact:  # fmt: skip
     """Load a folder (or a run's), check that it can serve, and score a made-up batch so that the next is not slow.
 
     Args:
@@ -68,23 +70,25 @@ def load_artifact(
         max_batch: the largest batch that will be asked for.
         window: scores that drift is measured over.
         min_scores: scores below which nothing is said about drift.
+        compile: its networks, see :func:`raydiff.compiling.compiled`.
 
     Raises:
         ArtifactError: the folder is missing, altered, of a newer format, or its detector does not score.
         NotCalibratedError: it has no threshold.
-        ConfigError: the device is not there.
+        ConfigError: the device is not there, or it cannot be compiled.
     """
     path = artifact_of(folder)
     detector = load_detector(path, device=device)
     if detector.calibration is None or detector.artifact_digest is None:
         raise NotCalibratedError(f"{path}: has no threshold; calibrate the detector and save it again")
+    live = compiled(detector) if compile else detector
     try:
-        warm_up_ms, probe_score, has_reconstruction = _warm_up(detector, max_batch)
+        warm_up_ms, probe_score, has_reconstruction = _warm_up(live, max_batch)
     except RaydiffError as error:
         raise ArtifactError(f"{path}: loads but does not score ({error}); train it again") from error
     return LoadedArtifact(
         artifact_id=detector.artifact_digest,
-        detector=detector,
+        detector=live,
         calibration=detector.calibration,
         own_target_fpr=detector.calibration.threshold.target_fpr,
         probe_score=probe_score,

@@ -90,6 +90,7 @@ class ScoringService:
         limits: Limits | None = None,
         drift_window: int = 1000,
         min_drift_scores: int = 100,
+        compile: bool = False,  # noqa: A002
     ) -> None:
         """Load and warm up the artefact in ``folder`` (or in a run's folder).
 
@@ -100,6 +101,7 @@ class ScoringService:
             limits: what an image may cost.
             drift_window: live scores that are held against the calibration's.
             min_drift_scores: below, nothing is said about drift.
+            compile: the networks of every artefact that goes live, see :func:`raydiff.compiling.compiled`.
 
         Raises:
             ArtifactError, NotCalibratedError, ConfigError: it cannot serve; names the folder and the remedy.
@@ -113,7 +115,12 @@ class ScoringService:
 
         def load(place: str | Path) -> LoadedArtifact:
             return load_artifact(
-                place, device=device, max_batch=max_batch, window=drift_window, min_scores=min_drift_scores
+                place,
+                device=device,
+                max_batch=max_batch,
+                window=drift_window,
+                min_scores=min_drift_scores,
+                compile=compile,
             )
 
         self._roll = Roll(folder, load, self.limits)

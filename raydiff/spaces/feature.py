@@ -12,24 +12,23 @@ back to images.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import copy
 from functools import partial
 from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raydiff.backbone import Backbone, BackboneOptions, FeatureMaps, Grid, averaged, grid_size, joined
 from raydiff.config import Options as BaseOptions
 from raydiff.core.diffusion import keyed_seed
 from raydiff.errors import ArtifactError, ConfigError, RaydiffError
+from raydiff.spaces._projection import principal_axes
 
 __all__ = ["FeatureSpace", "Options", "build"]
-
-_TINY = 1e-3
-"""Axes of less variance than this share of the first one's are divided as if they had that much."""
 
 
 class Options(BackboneOptions, BaseOptions):
@@ -92,14 +91,9 @@ class FeatureSpace:
         scale = self._level_scale(cells)  # (D,)
         mean = cells.mean(0)
         centred = (cells - mean) * scale
-        variance, axes = torch.linalg.eigh(centred.T @ centred / len(cells))  # ascending
-        kept = slice(-self.options.num_components, None)
-        variance, axes = variance[kept].flip(0), axes[:, kept].flip(1)  # (K,), (D, K)
-        power = self.options.whitening / 2
-        divided = axes / (variance.clamp(min=0) + _TINY * variance[0] + 1e-12) ** power
-        overall = (centred @ divided).square().mean().sqrt().clamp(min=1e-12)
+        axes = principal_axes(centred, self.options.num_components, self.options.whitening)
         self._mean = mean.float()
-        self._projection = (scale[:, None] * divided / overall).T.float().contiguous()  # (K, D)
+        self._projection = (scale[:, None] * axes).T.float().contiguous()  # (K, D)
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, C, H, W) images in [-1, 1] to (B, K, h, w), of mean 0 and variance 1 over cells of normal images."""
@@ -128,6 +122,12 @@ class FeatureSpace:
             raise ArtifactError("the state of space 'feature' does not fit its options; fit it again")
         self._backbone.load_state(weights)
         self._mean, self._projection = state["mean"], state["projection"]
+
+    def compiled(self, quick: Callable[[nn.Module], nn.Module]) -> Self:
+        """A copy whose backbone is ``quick`` of it."""
+        other = copy(self)
+        other._backbone = self._backbone.compiled(quick)
+        return other
 
     def _project(self, mean: Tensor, projection: Tensor, maps: FeatureMaps) -> Tensor:
         cells = self._joined(maps)

@@ -15,26 +15,21 @@ image, defects too, not know what normal images look like, which is the diffusio
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from copy import copy
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from raydiff.config import Options as BaseOptions
-from raydiff.core.chunks import by_chunks
 from raydiff.core.diffusion import full_precision, keyed_seed
-from raydiff.errors import ArtifactError, ConfigError, RaydiffError, TrainingError
+from raydiff.errors import ArtifactError, ConfigError, RaydiffError
 from raydiff.spaces._autoencoder import Autoencoder
+from raydiff.spaces._learning import learning_rate, learnt, rows_apart
 
 __all__ = ["LatentSpace", "Options", "build"]
-
-_CHUNK_PIXELS, _MAX_CHUNK = 128 * 128, 16
-_REPORTS = 10
-"""Lines of progress in a fit, about."""
 
 
 class Options(BaseOptions):
@@ -76,6 +71,7 @@ class LatentSpace:
         self.shape = (options.latent_channels, image_size[0] // options.factor, image_size[1] // options.factor)
         self._network: Autoencoder | None = None
         self._mean, self._deviation = torch.empty(0), torch.empty(0)
+        self._quick: nn.Module | None = None
 
     def check(self) -> None:
         """Nothing is needed."""
@@ -95,17 +91,7 @@ class LatentSpace:
             TrainingError: the loss is not a number.
         """
         network = self._initial().to(images.device).train()
-        begun, steps = time.monotonic(), self.options.num_steps
-        for step, loss in self._losses(network, images):
-            if step % max(1, steps // _REPORTS) == 0 or step == steps:
-                value = float(loss)
-                if not math.isfinite(value):
-                    raise TrainingError(
-                        f"space latent: the autoencoder's loss is not a number at step {step}; lower"
-                        " space.learning_rate"
-                    )
-                seconds = time.monotonic() - begun
-                report({"space_step": step, "space_steps": steps, "space_loss": value, "space_seconds": seconds})
+        learnt(self._losses(network, images), self.options.num_steps, report, "space latent: the autoencoder")
         self._network = network.eval().requires_grad_(False)
         self._mean = torch.zeros(self.options.latent_channels, device=images.device)
         self._deviation = torch.ones_like(self._mean)
@@ -116,7 +102,7 @@ class LatentSpace:
     def encode(self, images: Tensor) -> Tensor:
         """(B, C, H, W) images in [-1, 1] to (B, K, h, w), of mean 0 and variance 1 per channel over training images."""
         mean, deviation = (v.to(images.device)[:, None, None] for v in (self._mean, self._deviation))
-        encoder = self._fitted().to(images.device).encoder
+        encoder = self._quick or self._fitted().to(images.device).encoder
         return self._by_chunks(lambda rows: (encoder(rows) - mean) / deviation, images, self._channels)
 
     def decode(self, latents: Tensor) -> Tensor | None:
@@ -145,6 +131,12 @@ class LatentSpace:
         self._network = network.eval().requires_grad_(False)
         self._mean, self._deviation = mean, deviation
 
+    def compiled(self, quick: Callable[[nn.Module], nn.Module]) -> Self:
+        """A copy whose encoder is ``quick`` of it."""
+        other = copy(self)
+        other._quick = quick(self._fitted().encoder)
+        return other
+
     def _fitted(self) -> Autoencoder:
         if self._network is None:
             raise RaydiffError("space 'latent' has learnt nothing yet; call fit or load_state first")
@@ -160,14 +152,14 @@ class LatentSpace:
                 width=options.width, num_blocks=options.num_blocks,
             )  # fmt: skip
 
-    def _losses(self, network: Autoencoder, images: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Train, giving each step's number, from 1 on, and loss."""
+    def _losses(self, network: Autoencoder, images: Tensor) -> Iterator[Tensor]:
+        """Train, giving each step's loss."""
         options = self.options
         optimiser = torch.optim.AdamW(network.parameters(), lr=options.learning_rate, weight_decay=0.0)
         generator = torch.Generator().manual_seed(keyed_seed("crops", options.seed or 0))
         for step in range(options.num_steps):
             for group in optimiser.param_groups:
-                group["lr"] = options.learning_rate * _rate(step, options.num_steps)
+                group["lr"] = learning_rate(options.learning_rate, step, options.num_steps)
             crops = self._crops(images, generator)
             optimiser.zero_grad(set_to_none=True)
             with torch.enable_grad(), full_precision(images.device):
@@ -175,7 +167,7 @@ class LatentSpace:
                 loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimiser.step()
-            yield step + 1, loss.detach()
+            yield loss.detach()
 
     def _noised(self, latents: Tensor, generator: torch.Generator) -> Tensor:
         """Normalised by the batch, with noise."""
@@ -203,24 +195,8 @@ class LatentSpace:
         return torch.stack(parts)
 
     def _by_chunks(self, function: Callable[[Tensor], Tensor], rows: Tensor, channels: int) -> Tensor:
-        """``function`` of all rows, of which none knows another; gradients flow back to rows that ask for them."""
-        with_gradients = torch.is_grad_enabled() and rows.requires_grad
         pixels = self._image_size[0] * self._image_size[1]
-        size = _MAX_CHUNK if rows.device.type != "cpu" else max(1, min(_MAX_CHUNK, _CHUNK_PIXELS // pixels))
-
-        def call(chunk: Tensor) -> Tensor:
-            with torch.set_grad_enabled(with_gradients), full_precision(chunk.device):
-                return function(chunk)
-
-        if rows.shape[0] == 0:  # the shape is wanted
-            return call(rows.new_zeros(1, channels, *rows.shape[2:]))[:0]
-        return by_chunks(call, size, rows, device=rows.device)
-
-
-def _rate(step: int, steps: int) -> float:
-    """Share of the highest learning rate at a step: up over a twentieth of the steps, then half a cosine down."""
-    warm = max(1, steps // 20)
-    return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        return rows_apart(function, rows, pixels=pixels, like=(channels, *rows.shape[2:]))
 
 
 def build(options: Options, *, channels: int, image_size: tuple[int, int]) -> LatentSpace:

@@ -7,7 +7,7 @@ from raydiff import registry
 from raydiff.spaces import pixel
 from raydiff.testing import check_space, small_images
 
-SHORT = {"latent": {"num_steps": 5, "width": 8}}
+SHORT = {"latent": {"num_steps": 5, "width": 8}, "rotnet": {"num_steps": 5, "batch_size": 8}}
 """Options that make a fit short, of spaces that are trained; the checks are the same."""
 
 
