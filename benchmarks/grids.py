@@ -1,5 +1,6 @@
 """Training in feature space with grids kept in files, in memory and not at all, side by side.
 
+    python -m benchmarks.grids --read
     python -m benchmarks.grids DATA [--turns 3] [--steps 100] [--images 400] [--set training.batch_size=32]
 
 DATA is a folder in the MVTec-AD layout. The same config is trained in five ways, which take turns, each run in a
@@ -25,17 +26,20 @@ import time
 from collections.abc import Iterable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from raydiff.config import ExperimentConfig, load_config
 from raydiff.experiment import cached, fit_space, held_out_images, provenance_of, space_state, streamed
-from raydiff.grids import Grids
+from raydiff.grids import GridFiles, Grids, GridSet, Part
+from raydiff.grids.writing import encoded_part
 from raydiff.images import ImageSpec
 from raydiff.provenance import hardware, source_commit
 from raydiff.runtime import CHECKPOINTS, LocalRuntime
 from raydiff.shards import ShardSet, fits_in_memory, write_shards
+from raydiff.storage import Storage
 from raydiff.training import train
 
 _RECIPE = Path(__file__).parent.parent / "examples/configs/photographs.yaml"
@@ -46,6 +50,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "Parquet, found": {"data.cache_mb": 0, "data.grids": "{found}"},
     "Parquet float16, found": {"data.cache_mb": 0, "data.grids": "{found}", "data.grids_dtype": "float16"},
 }
+
+
+DTYPES: tuple[Literal["float32", "float16"], ...] = ("float32", "float16")
 
 
 def run(way: str, folder: Path, device: str) -> dict[str, Any]:
@@ -126,13 +133,17 @@ def _send(sender: Connection, way: str, folder: Path, device: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="a folder of images")
+    parser.add_argument("data", nargs="?", help="a folder of images")
+    parser.add_argument("--read", action="store_true", help="how fast files of random grids are written and read alone")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--images", type=int, default=400, help="training and calibration images")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="FIELD=VALUE")
     arguments = parser.parse_args()
+    if arguments.read or arguments.data is None:
+        read_speed()
+        return
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -170,6 +181,48 @@ def _report(
         print(f"| {' | '.join(cells)} |")
     exact = {one["weights"] for way, runs in found.items() if "float16" not in way for one in runs}
     print(f"\nfloat32 weights: {'the same, bit for bit' if len(exact) == 1 else 'THEY DIFFER'}")
+
+
+def read_speed() -> None:
+    """Rows/s and MB/s of one core that writes files of grids, and reads them in random order from the page cache."""
+    print(f"{hardware('cpu')}; commit {source_commit()}; core-seconds\n")
+    print(
+        "| grid | views | dtype | rows | MB on disk | over the values | written, rows/s | read, rows/s | read, MB/s |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for shape, num_views in (((96, 16, 16), 1), ((96, 16, 16), 8), ((16, 7, 7), 8)):
+        for dtype in DTYPES:
+            _read_speed(shape, num_views, dtype)
+
+
+def _read_speed(shape: tuple[int, int, int], num_views: int, dtype: Literal["float32", "float16"]) -> None:
+    grids = GridSet("0" * 64, num_views, shape, dtype, ())
+    per_part = max(1, 32 * 2**20 // (grids.row_bytes * num_views))
+    count = min(4 * per_part, 2000)
+    starts = range(0, count, per_part)
+    parts = (Part(f"{i}.parquet", "shard", i, min(per_part, count - i)) for i in starts)
+    grids = GridSet(grids.digest, num_views, shape, dtype, tuple(parts))
+    rng, written = np.random.default_rng(0), 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        storage = Storage.of(folder)
+        for part in grids.parts:
+            values = rng.standard_normal((part.count * num_views, *shape), dtype=np.float32).astype(dtype)
+            names = [f"train/good/{i:06d}.png" for i in range(part.count)]
+            begun = time.process_time()
+            storage.write(part.name, encoded_part(grids, part, names, ["good"] * part.count, values))
+            written += time.process_time() - begun
+        size, files = sum(storage.sizes().values()), GridFiles(grids, storage)
+        rows, views = np.concatenate([rng.permutation(count) for _ in range(3)]), rng.integers(0, num_views, 3 * count)
+        begun = time.process_time()
+        for start in range(0, len(rows), 340):
+            files.read(rows[start : start + 340], views[start : start + 340])
+        speed = len(rows) / (time.process_time() - begun)
+        files.close()
+    grid, total = " x ".join(map(str, shape)), count * num_views
+    print(
+        f"| {grid} | {num_views} | {dtype} | {total} | {size / 2**20:.0f} | {size / (total * grids.row_bytes) - 1:+.1%} |"
+        f" {total / written:.0f} | {speed:.0f} | {speed * grids.row_bytes / 2**20:.0f} |"
+    )
 
 
 def _spread(values: Iterable[float], form: str) -> str:

@@ -37,7 +37,7 @@ from raydiff.views import View, Views
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Maker", "write_missing"]
+__all__ = ["Maker", "encoded_part", "write_missing"]
 
 _logger = logging.getLogger(__name__)
 _ENCODED_TOGETHER = 32
@@ -76,7 +76,7 @@ class Maker:
                 f"{part.shard}: space gave what is no number, or too large for data.grids_dtype {grids.dtype}, for one"
                 f" of images {part.start} to {part.start + part.count - 1}; set data.grids_dtype to float32"
             )
-        return _parquet(grids, {**grids.describe(part), "ids": ids, "classes": classes}, stored)
+        return encoded_part(grids, part, ids, classes, stored)
 
     def _pictures(
         self, part: Part, ids: list[str], classes: list[str]
@@ -93,8 +93,11 @@ class Maker:
                         yield view.name(image.image_id), view, picture
 
 
-def _parquet(grids: GridSet, description: Mapping[str, Any], stored: NDArray[Any]) -> pa.Buffer:
-    ids: list[str] = description["ids"]
+def encoded_part(
+    grids: GridSet, part: Part, ids: Sequence[str], classes: Sequence[str], stored: NDArray[Any]
+) -> pa.Buffer:  # fmt: skip
+    """A part's file: of images ``ids`` of classes ``classes`` all views, (n * num_views, *shape), as they are stored."""
+    description = {**grids.describe(part), "ids": list(ids), "classes": list(classes)}
     column = pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(grids.row_bytes), len(stored), [None, pa.py_buffer(np.ascontiguousarray(stored))]
     )
