@@ -219,8 +219,9 @@ def _read_speed(shape: tuple[int, int, int], num_views: int, dtype: Literal["flo
         speed = len(rows) / (time.process_time() - begun)
         files.close()
     grid, total = " x ".join(map(str, shape)), count * num_views
+    over = size / (total * grids.row_bytes) - 1
     print(
-        f"| {grid} | {num_views} | {dtype} | {total} | {size / 2**20:.0f} | {size / (total * grids.row_bytes) - 1:+.1%} |"
+        f"| {grid} | {num_views} | {dtype} | {total} | {size / 2**20:.0f} | {over:+.1%} |"
         f" {total / written:.0f} | {speed:.0f} | {speed * grids.row_bytes / 2**20:.0f} |"
     )
 

@@ -96,7 +96,7 @@ class Maker:
 def encoded_part(
     grids: GridSet, part: Part, ids: Sequence[str], classes: Sequence[str], stored: NDArray[Any]
 ) -> pa.Buffer:  # fmt: skip
-    """A part's file: of images ``ids`` of classes ``classes`` all views, (n * num_views, *shape), as they are stored."""
+    """A part's file: all views of images ``ids``, of ``classes``, (n * num_views, *shape) as they are stored."""
     description = {**grids.describe(part), "ids": list(ids), "classes": list(classes)}
     column = pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(grids.row_bytes), len(stored), [None, pa.py_buffer(np.ascontiguousarray(stored))]
