@@ -33,6 +33,7 @@ __all__ = ["GridFiles", "fault_of_part", "grid_stream"]
 
 _BLOCK_BYTES = 32 * 2**20
 _MAX_OPEN_FILES = 64
+_FAULTS = (OSError, pa.ArrowException, ValueError, KeyError)
 _REMEDY = "remove it and resume the run, which makes it anew"
 
 
@@ -99,7 +100,7 @@ class GridFiles:
                 self._open.popitem(last=False)[1].file.close()
             try:
                 self._open[part] = _opened(self._grids, self._storage, self._grids.parts[part])
-            except (OSError, pa.ArrowException, ValueError) as error:
+            except _FAULTS as error:
                 raise self._unreadable(part, " ".join(str(error).split())) from error
         self._open.move_to_end(part)
         return self._open[part]
@@ -120,7 +121,7 @@ def _values(column: pa.ChunkedArray, grids: GridSet) -> NDArray[Any]:
 
 
 def _opened(grids: GridSet, storage: Storage, part: Part) -> _Open:
-    """A part's file; raises OSError, ArrowException or ValueError where it is not whole, or another's."""
+    """A part's file; raises one of ``_FAULTS`` where it is not whole, or another's."""
     file = pq.ParquetFile(storage.open(part.name), page_checksum_verification=True, pre_buffer=not storage.is_local)
     try:
         said = _description(file)
@@ -150,7 +151,7 @@ def fault_of_part(grids: GridSet, storage: Storage, part: Part) -> str | None:
         _opened(grids, storage, part).file.close()
     except FileNotFoundError:
         return "is missing"
-    except (OSError, pa.ArrowException, ValueError, KeyError) as error:
+    except _FAULTS as error:
         return " ".join(str(error).split())
     return None
 

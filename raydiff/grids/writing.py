@@ -13,6 +13,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ __all__ = ["Maker", "encoded_part", "write_missing"]
 
 _logger = logging.getLogger(__name__)
 _ENCODED_TOGETHER = 32
+_LOOKING = 8  # files at a time
 _REPORT_S = 5.0
 _DAY_S = 86_400.0
 _MARGIN = 1.02  # what Parquet adds
@@ -166,13 +168,19 @@ def missing_parts(grids: GridSet, storage: Storage, runtime: Runtime) -> list[Pa
     """Those that are not there, or not whole; each worker looks at a share, and all get the same list."""
     sizes = storage.sizes()
     faulty = torch.zeros(len(grids.parts), dtype=torch.float64)
-    for number in range(runtime.rank, len(grids.parts), runtime.world_size):
+    mine = range(runtime.rank, len(grids.parts), runtime.world_size)
+
+    def fault(number: int) -> str | None:
         part = grids.parts[number]
-        fault = fault_of_part(grids, storage, part) if part.name in sizes else "is missing"
-        if fault is not None:
+        return fault_of_part(grids, storage, part) if part.name in sizes else "is missing"
+
+    with ThreadPoolExecutor(_LOOKING) as pool:
+        for number, reason in zip(mine, pool.map(fault, mine), strict=True):
+            if reason is None:
+                continue
             faulty[number] = 1
-        if fault is not None and part.name in sizes:
-            _logger.warning("%s/%s: %s; it is made anew", storage.label, part.name, fault)
+            if (name := grids.parts[number].name) in sizes:
+                _logger.warning("%s/%s: %s; it is made anew", storage.label, name, reason)
     found = runtime.reduce_mean(faulty.to(runtime.device)).cpu()
     return [part for part, share in zip(grids.parts, found.tolist(), strict=True) if share]
 
