@@ -7,6 +7,7 @@ A run is a folder, on this machine or in an object store::
     checkpoints/    states to resume from
     space/          what a space that learns has learnt
     heads/          what a scorer's own network has learnt, where it has one
+    grids/          what it made of the training images, until the network is trained, with ``data.grids: run``
     folds/          networks that each left some training images out, where the config asks for them
     suspects.csv    training and calibration images by how anomalous they look, with ``contamination.max_share``
     metrics.jsonl   and tensorboard/
@@ -43,6 +44,7 @@ from raydiff.fitting import (
     provenance_of,
     write_config,
 )
+from raydiff.grids import Grids
 from raydiff.images import ImageSpec
 from raydiff.runtime import CHECKPOINTS, LocalRuntime
 from raydiff.shards import ShardSet, TrainingBatch, TrainingOrder, cached_stream, fits_in_memory
@@ -220,7 +222,7 @@ def _with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
         "space.weights": getattr(config.space, "weights", None),
         "scoring.feature_weights": getattr(config.scoring, "feature_weights", None),
     }
-    return config.override(
+    return config.located().override(
         {path: str(Path(place).resolve()) for path, place in places.items() if place and "://" not in place}
     )
 
@@ -298,6 +300,7 @@ def _trained_here(
             held_out_images(config, shards, weights.left_out), runtime, num_classes=provenance["num_classes"],
             provenance=provenance, space_state=space_state(run_dir),
             teacher=teacher_in(run_dir, config, device=device), weights=weights,
+            grids=Grids.of(config, run_dir, shards),
         )  # fmt: skip
     except BaseException:
         with suppress(RaydiffError):  # the first error is the one to tell

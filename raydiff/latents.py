@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from raydiff.contracts import Space
+from raydiff.core.moving import to_device
 
 __all__ = ["Latents"]
 
@@ -37,15 +38,15 @@ class Latents:
         missing = [i for i, key in enumerate(keys) if key not in self._known]
         if missing:
             changed = [_turned(images[i], flips[i], turns[i]) for i in missing]
-            encoded = self._space.encode(torch.stack(changed).to(self._device))
+            encoded = self._space.encode(to_device(torch.stack(changed), self._device))
             if not self._room:
-                return encoded
+                return encoded.contiguous()  # as below: noise is drawn in the order in which values lie
         fresh = dict(zip(missing, encoded.cpu(), strict=True)) if missing else {}
         for i, latent in fresh.items():
             if len(self._known) < self._room:
                 self._known[keys[i]] = latent
         found = torch.stack([fresh[i] if i in fresh else self._known[key] for i, key in enumerate(keys)])
-        return found.to(self._device)
+        return to_device(found, self._device)
 
 
 def _turned(image: Tensor, flip: bool, turns: int) -> Tensor:

@@ -221,14 +221,14 @@ class _Layout:
             raise ConfigError(f"{self._path}: methods.{name}.baseline: {_one_line(error)}") from error
 
     def _rooted(self, config: ExperimentConfig) -> ExperimentConfig:
-        """Relative paths of the data set made absolute."""
+        """Relative paths of the data set, and of grids, made absolute."""
         dataset = config.data.dataset
         places = {
             f"data.dataset.{option}": str(self._data_dir / Path(value).expanduser())
             for option in _PATHS
             if isinstance(value := getattr(dataset, option, None), str) and value and "://" not in value
         }
-        return config.override(places)
+        return config.located().override(places)
 
     def _resources(self, method: Method) -> Resources:
         """A baseline holds no GPU: it runs on the CPU."""

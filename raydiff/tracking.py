@@ -177,6 +177,10 @@ def progress_line(metrics: Mapping[str, Any], num_steps: int, batch_size: int) -
         if f"{part}_step" in metrics:
             return _progress_beside(part, metrics)
     step = metrics["step"]
+    if "grids_made" in metrics:
+        made, missing = metrics["grids_made"], metrics["grids_missing"]
+        left = f"  {clock(metrics['grids_seconds'] / made * (missing - made))} left" if made < missing else ""
+        return f"grids: {made} of {missing} files made{left}"
     if metrics.get("resumed"):
         repeated = metrics.get("images_repeated", 0)
         return f"resumed at step {step}/{num_steps}; {repeated} images or little more are seen again"

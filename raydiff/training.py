@@ -7,10 +7,11 @@ step s does from there what an uninterrupted one does, and one worker and two se
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,21 +21,26 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from raydiff.artifact import encode_json, encode_tensors, read_folder, write_folder
-from raydiff.augmentation import Augmentation, viewed
 from raydiff.config import ExperimentConfig, TrainingConfig
 from raydiff.core.diffusion import keyed_seed
+from raydiff.core.moving import to_device
 from raydiff.core.objective import diffusion_loss, loss_weights
-from raydiff.detector import NUM_ROTATIONS, Crops, DiffusionDetector, noised, schedule_of, tensors_below, trained_steps
+from raydiff.detector import NUM_ROTATIONS, DiffusionDetector, noised, schedule_of, tensors_below, trained_steps
 from raydiff.distillation import Teacher
 from raydiff.errors import ArtifactError, TrainingError
-from raydiff.images import to_tensor
+from raydiff.feeding import Feed, Meal
+from raydiff.grids import Grids
 from raydiff.latents import Latents
+from raydiff.overlap import ahead
 from raydiff.runtime import Runtime
 from raydiff.shards import TrainingBatch
 from raydiff.storage import Place
+from raydiff.views import Views
 from raydiff.weighting import Weights
 
 __all__ = ["HeldOut", "Stream", "TrainingSummary", "learning_rate", "train"]
+
+_logger = logging.getLogger(__name__)
 
 Stream = Callable[[int], Iterator[TrainingBatch]]
 """``stream(start_step)`` gives this rank's share of each global batch from that optimiser step on."""
@@ -79,12 +85,14 @@ def train(
     space_state: Mapping[str, Tensor] | None = None,
     teacher: Teacher | None = None,
     weights: Weights | None = None,
+    grids: Grids | None = None,
 ) -> TrainingSummary:
     """Train to ``config.training.num_steps``, from the newest checkpoint if there is one.
 
     ``space_state`` is that of a fitted space; a space that learns nothing needs none. A checkpoint brings its own.
     With a ``teacher`` the network is its student: it begins with its weights and learns what it makes of the images.
-    ``weights`` says what each image counts in the loss; all count 1 by default.
+    ``weights`` says what each image counts in the loss; all count 1 by default. With ``grids`` the space's work on the
+    images is done once, before, and read in place of ``stream``; a space that is not costly needs none.
     The last checkpoint holds the averaged weights as an artefact; :func:`raydiff.detector.load_detector` reads it.
 
     Raises:
@@ -102,31 +110,33 @@ def train(
     if loop.left_out:
         runtime.report({"step": loop.step, **loop.left_out})
     first, settings = loop.step, config.training
-    batches = stream(first) if first < settings.num_steps else iter(())
     metrics: dict[str, Any] = {}
     busy, since = 0.0, first  # seconds spent training, and the step they count from
-    while loop.step < settings.num_steps:
-        begun = time.monotonic()
-        batch = next(batches)
-        loop.optimise(batch)
-        last = loop.step == settings.num_steps
-        validates = last or loop.step % settings.validate_every == 0
-        if validates or loop.step % settings.log_every == 0:
-            metrics = loop.metrics()  # waits for the device
-            busy += time.monotonic() - begun
-            metrics["images_per_second"] = (loop.step - since) * settings.batch_size / busy
-            metrics["epoch"] = int(batch.epochs[-1])
-            if runtime.world_size != config.execution.num_workers:
-                metrics["workers"] = runtime.world_size  # elastic: some are missing
-            if validates:
-                metrics["held_out_loss"] = loop.held_out_loss(held_out)
-            runtime.report(metrics)
-            busy, since = 0.0, loop.step
-        else:
-            busy += time.monotonic() - begun
-        if last or loop.step % settings.checkpoint_every == 0:
-            loop.check_finite()
-            runtime.save(loop.step, loop.write)
+    with closing(loop.meals(stream, grids)) as meals:
+        while loop.step < settings.num_steps:
+            begun = time.monotonic()
+            meal = next(meals)
+            loop.optimise(meal)
+            last = loop.step == settings.num_steps
+            validates = last or loop.step % settings.validate_every == 0
+            if validates or loop.step % settings.log_every == 0:
+                metrics = loop.metrics()  # waits for the device
+                busy += time.monotonic() - begun
+                metrics["images_per_second"] = (loop.step - since) * settings.batch_size / busy
+                metrics["epoch"] = meal[-1].epoch
+                if runtime.world_size != config.execution.num_workers:
+                    metrics["workers"] = runtime.world_size  # elastic: some are missing
+                if validates:
+                    metrics["held_out_loss"] = loop.held_out_loss(held_out)
+                runtime.report(metrics)
+                busy, since = 0.0, loop.step
+            else:
+                busy += time.monotonic() - begun
+            if last or loop.step % settings.checkpoint_every == 0:
+                loop.check_finite()
+                runtime.save(loop.step, loop.write)
+    if grids is not None:
+        grids.finished(runtime)
     return TrainingSummary(loop.step, first, metrics, time.monotonic() - started)
 
 
@@ -149,9 +159,8 @@ class _Loop:
         detector = DiffusionDetector.create(
             config, num_classes=num_classes, device=runtime.device, space_state=space_state
         )
-        self.crops, self.augmentation = Crops.of(config), Augmentation.of(config)
-        once = (self.crops is not None and self.crops.anywhere) or bool(self.augmentation and self.augmentation.endless)
-        cache_mb = 0 if once else config.data.cache_mb
+        self.views = Views.of(config, rotates=self.rotates)
+        cache_mb = 0 if self.views.endless else config.data.cache_mb
         self.latents = Latents(detector.space, runtime.device, cache_mb * 2**20)
         self.space, self.num_classes = detector.space, detector.model.num_classes
         self.network = (detector.network if teacher is None else teacher.initialised(detector.network)).train()
@@ -176,19 +185,46 @@ class _Loop:
         """Whether images are turned, and the denoiser told by how much."""
         return self.config.objective.condition == "rotation" and self.teacher is None
 
-    def optimise(self, batch: TrainingBatch) -> None:
-        """One optimiser step on this rank's share of the global batch."""
+    def meals(self, stream: Stream, grids: Grids | None) -> Generator[list[Meal]]:
+        """What each step from the present one on is fed with, made in advance by a thread."""
+        if self.step == self.config.training.num_steps:
+            return ahead(iter(()))
+        if grids is not None and self.space.costly:
+            stream = grids.stream(self.space, self.views, self.runtime, step=self.step)
+        else:
+            self._say_if_forgotten()
+        feed = Feed(
+            self.config, self.views, self.weights, self.latents, num_classes=self.num_classes,
+            device=self.runtime.device,
+        )  # fmt: skip
+        return ahead(feed.meals(stream(self.step)))
+
+    def _say_if_forgotten(self) -> None:
+        """A run that encodes its images in every epoch anew may not know that it need not."""
+        num_images, data = int(self.provenance.get("num_train_images") or 0), self.config.data
+        if not self.space.costly or self.views.endless or self.runtime.rank:
+            return
+        needed = math.ceil(4 * math.prod(self.space.shape) * num_images * len(self.views.all) / 2**20)
+        repeats = self.config.training.num_steps * self.config.training.batch_size > 2 * num_images
+        if needed > data.cache_mb and repeats:
+            _logger.warning(
+                "what space %s makes of the training images takes %d MB, more than data.cache_mb (%d): most is made"
+                " anew each time; set data.grids to run to keep it in files, or raise data.cache_mb",
+                self.config.space.name, needed, data.cache_mb,
+            )  # fmt: skip
+
+    def optimise(self, meals: Sequence[Meal]) -> None:
+        """One optimiser step on this rank's share of the global batch, in one backward pass for each meal."""
         settings = self.config.training
         torch.manual_seed(keyed_seed("dropout", self.config.seed, self.step, self.runtime.rank))
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.step, settings)
         self.optimiser.zero_grad(set_to_none=True)
         self.loss = torch.zeros_like(self.loss)
-        parts = _split(batch, settings.accumulation_steps)
-        for i, part in enumerate(parts):
-            share = len(part.ids) * self.runtime.world_size / settings.batch_size  # workers' gradients are averaged
-            with self._no_sync() if i < len(parts) - 1 else nullcontext():
-                loss = self._loss(part) * share
+        for i, meal in enumerate(meals):
+            share = meal.size * self.runtime.world_size / settings.batch_size  # workers' gradients are averaged
+            with self._no_sync() if i < len(meals) - 1 else nullcontext():
+                loss = self._loss(meal) * share
                 loss.backward()  # type: ignore[no-untyped-call]
                 self.loss += loss.detach()
         self.grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), settings.max_grad_norm)
@@ -323,34 +359,19 @@ class _Loop:
         self.step = int(position["step"])
         self.num_images_before = position.get("num_train_images")
 
-    def _loss(self, batch: TrainingBatch) -> Tensor:
-        """Mean loss of a batch with each image's own noise, step, flip and view, in units of the mean weight."""
-        config, size = self.config, len(batch.ids)
-        batch, counted = self.weights.counted(batch)
-        keys = [(config.seed, int(e), i) for e, i in zip(batch.epochs, batch.ids, strict=True)]
-        flips = [config.training.horizontal_flip and keyed_seed("flip", *key) % 2 == 1 for key in keys]
-        turns = [keyed_seed("rotation", *key) % NUM_ROTATIONS if self.rotates else 0 for key in keys]
-        images, ids = batch.images, batch.ids
-        if self.augmentation is not None:
-            numbers = [self.augmentation.number(*key) for key in keys]
-            names = [viewed(image_id, number) for image_id, number in zip(ids, numbers, strict=True)]
-            if self.crops is None:  # what is remembered of a view need not be made again
-                known = self.latents.know(names, flips, turns)
-                numbers = [0 if seen else number for seen, number in zip(known, numbers, strict=True)]
-            images, ids = self.augmentation.apply(images, ids, numbers), names
-        if self.crops is not None:
-            images, ids = self.crops.of_batch(images, ids, keys)
-        latents = self.latents.of(to_tensor(images), ids, flips=flips, turns=turns)
-        steps = trained_steps(config)
-        t = torch.tensor([steps[keyed_seed("step", *key) % len(steps)] for key in keys])
-        labels = torch.tensor(turns) if self.rotates else torch.as_tensor(batch.labels)
-        if self.num_classes is not None:
-            dropped = [keyed_seed("label", *key) % 10**6 < 10**6 * config.objective.condition_dropout for key in keys]
-            labels = torch.where(torch.tensor(dropped), self.num_classes, labels)
+    def _loss(self, meal: Meal) -> Tensor:
+        """Mean loss of a meal with each image's own noise, step, flip and view, in units of the mean weight."""
+        config, views = self.config, meal.views
+        if meal.grids is not None:
+            latents = meal.grids.received()
+        else:
+            assert meal.pictures is not None  # noqa: S101
+            flips, turns = [view.flip for view in views], [view.turns for view in views]
+            latents = self.latents.of(meal.pictures, meal.names, flips=flips, turns=turns)
         autocast = torch.autocast(self.runtime.device.split(":")[0], torch.bfloat16)
         with autocast if config.training.precision == "bfloat16" else nullcontext():
-            losses = self._denoise(self.forward, latents, t, [("noise", *key) for key in keys], labels)
-            return self.weights.mean(losses, counted, size)
+            losses = self._denoise(self.forward, latents, meal.t, [("noise", *key) for key in meal.keys], meal.labels)
+            return self.weights.mean(losses, meal.counted, meal.size)
 
     def _denoise(
         self, network: nn.Module, latents: Tensor, t: Tensor, keys: Sequence[tuple[str | int, ...]], labels: Tensor
@@ -365,20 +386,13 @@ class _Loop:
         x_t, wanted = noised(self.config, self.schedule, latents, t, noise, keys)
         if self.config.training.channels_last:
             x_t = x_t.contiguous(memory_format=torch.channels_last)
-        condition = None if self.num_classes is None else labels.to(device)
-        output = network(x_t, t.to(device), condition)
+        condition = None if self.num_classes is None else to_device(labels, device)
+        output = network(x_t, to_device(t, device), condition)
         weights = loss_weights(
             self.schedule, t, objective.prediction_type, objective.loss_weighting, objective.min_snr_gamma
         )
-        return diffusion_loss(output, wanted, weights.to(device))
+        return diffusion_loss(output, wanted, to_device(weights, device))
 
     def _no_sync(self) -> AbstractContextManager[Any]:
         no_sync = getattr(self.wrapped, "no_sync", None)
         return no_sync() if no_sync is not None else nullcontext()
-
-
-def _split(batch: TrainingBatch, parts: int) -> list[TrainingBatch]:
-    """The batch in ``parts`` pieces, in order, whose sizes differ by one at most."""
-    size = len(batch.ids)
-    cuts = [slice(i * size // parts, (i + 1) * size // parts) for i in range(parts)]
-    return [TrainingBatch(batch.ids[c], batch.epochs[c], batch.images[c], batch.labels[c]) for c in cuts]

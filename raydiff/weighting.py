@@ -41,8 +41,7 @@ class Weights:
         counted = torch.tensor([weights[i] for i in rows])
         if len(rows) == len(weights):
             return batch, counted
-        ids = [batch.ids[i] for i in rows]
-        return TrainingBatch(ids, batch.epochs[rows], batch.images[rows], batch.labels[rows]), counted
+        return batch.rows(rows), counted
 
     def mean(self, losses: Tensor, counted: Tensor, size: int) -> Tensor:
         """The mean loss of ``size`` images, of which ``counted`` are there; in units of the mean weight of all."""

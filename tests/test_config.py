@@ -309,10 +309,14 @@ def candidates(value: Any, annotation: Any) -> list[Any]:
     return [*(choice for choice in literals if choice != value), "elsewhere", 3, 384, 2, 1, 0.3, [4, 4]]
 
 
+NEEDED = {"data.grids_dtype": {"data.grids": "run"}}
+"""What a field demands of others, which have no effect."""
+
+
 def perturbed(config: ExperimentConfig, path: str, value: Any) -> ExperimentConfig:
     for candidate in candidates(value, field_at(config, path).annotation):
         try:
-            other = config.override({path: candidate})
+            other = config.override({**NEEDED.get(path, {}), path: candidate})
         except ConfigError:
             continue
         if other != config:
@@ -342,6 +346,7 @@ def test_fields_without_effect_are_the_ones_that_cannot_move_a_score():
         "cross_fitting.folds",
         "cross_fitting.num_steps",
         "cross_fitting.views",
+        "data.grids_dtype",
         "data.on_bad_shard",
         "data.test_balance",
         "distillation",
@@ -354,7 +359,7 @@ def test_fields_without_effect_are_the_ones_that_cannot_move_a_score():
         "tiles.size",
     }
     assert {path for path, extra in extras.items() if extra == NO_EFFECT} == {
-        "data.cache_mb", "data.shard_format", "data.shard_mb", "data.shards",
+        "data.cache_mb", "data.grids", "data.shard_format", "data.shard_mb", "data.shards",
         "execution.cpus_per_worker", "execution.max_failures", "execution.min_workers", "execution.num_workers",
         "execution.scoring_batch_size", "execution.use_gpu", "tiles.per_call",
         "training.checkpoint_every", "training.keep_checkpoints", "training.log_every", "training.validate_every",

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -226,21 +227,20 @@ def test_a_loss_that_is_not_a_number_stops_the_run(
     tiny_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path
 ) -> None:
     """A weight is NaN from step 9 on: the run stops there, and the checkpoint of step 8 is the newest."""
-    networks: list[torch.nn.Module] = []
+    calls = count()
+
+    def poison(network: torch.nn.Module, _: Any) -> None:
+        if next(calls) == 9:
+            next(network.parameters()).data.fill_(float("nan"))
 
     class Runtime(LocalRuntime):
         def wrap(self, network: torch.nn.Module) -> torch.nn.Module:
-            networks.append(network)
+            network.register_forward_pre_hook(poison)
             return network
 
-    def poisoned(start: int) -> Iterator[TrainingBatch]:
-        for number, batch in enumerate(cached(tiny_config, digit_shards)(start), start):
-            if number == 9:
-                next(networks[0].parameters()).data.fill_(float("nan"))
-            yield batch
-
+    stream, held_out = cached(tiny_config, digit_shards), held_out_images(tiny_config, digit_shards)
     with pytest.raises(TrainingError, match=r"not a number at step 9 .*lower training\.learning_rate"):
-        train(tiny_config, poisoned, held_out_images(tiny_config, digit_shards), Runtime(tmp_path), num_classes=1)
+        train(tiny_config, stream, held_out, Runtime(tmp_path), num_classes=1)
     assert [p.name for p in (tmp_path / CHECKPOINTS).iterdir()] == ["step-00000008"]
 
 

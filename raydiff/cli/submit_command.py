@@ -161,10 +161,15 @@ def _check_data(
     data: DataConfig, upload: Upload, name: str, params: dict[str, Any], notice: Callable[[str], None]
 ) -> None:  # fmt: skip
     shards = params["out"] if name == "prepare" and params["out"] else data.shards
-    if shards is not None and "://" not in shards and not Path(shards).expanduser().is_absolute():
+    if shards is not None and _is_relative(shards):
         raise ConfigError(
             f"data.shards {shards}: is relative, and a job's folder is on one node and is deleted; give s3://... or an"
             " absolute path that all nodes have"
+        )
+    if name != "prepare" and (grids := data.grids) not in (None, "run") and _is_relative(str(grids)):
+        raise ConfigError(
+            f"data.grids {grids}: is relative, and a job's folder is on one node and is deleted; give s3://..., an"
+            " absolute path that all nodes have, or run"
         )
     if shards is None and name == "prepare":
         raise ConfigError("prepare needs --out in a job: give s3://... or an absolute path that all nodes have")
@@ -178,6 +183,10 @@ def _check_data(
         )
     if shards is None or name == "prepare":
         notice(f"data.dataset.source {source}: is not sent; every node must have it there")
+
+
+def _is_relative(place: str) -> bool:
+    return "://" not in place and not Path(place).expanduser().is_absolute()
 
 
 def _rewritten(argument: str, wanted: Sequence[str], upload: Upload) -> str:

@@ -56,7 +56,7 @@ def sweep(
     from raydiff.sources import config_of
     from raydiff.storage import as_place
 
-    wanted, start = load_search_space(space), config_of(config, overrides)
+    wanted, start = load_search_space(space), config_of(config, overrides).located()
     if trials is not None:
         wanted = wanted.model_copy(update={"trials": trials})
     start = start.override(wanted.workers)

@@ -99,6 +99,7 @@ class ExperimentConfig(Section):
                 f" augmentation.rotation below {_HALF_QUARTER}"
             )
         self._check_folds()
+        self._check_grids()
         share = self.execution.num_workers * self.training.accumulation_steps
         if self.training.batch_size < share:
             raise ValueError(
@@ -121,6 +122,20 @@ class ExperimentConfig(Section):
             raise ValueError(
                 "data.calibration_fraction is 0, so a student's teacher saw all images; fit the teacher with it above"
                 " 0, or set cross_fitting.folds and contamination.max_share to 0: the threshold then says so"
+            )
+
+    def _check_grids(self) -> None:
+        if self.data.grids is None:
+            return
+        if self.tiles.size is not None and self.tiles.crops == "random":
+            raise ValueError(
+                "data.grids keeps every view of the training images and tiles.crops is random, which has no end of"
+                " them; set tiles.crops to regular, or leave data.grids out"
+            )
+        if self.augmentation.changes and not self.augmentation.views:
+            raise ValueError(
+                "data.grids keeps every view of the training images and augmentation.views is 0, which has no end of"
+                " them; set augmentation.views, or leave data.grids out"
             )
 
     @property
@@ -165,6 +180,13 @@ class ExperimentConfig(Section):
         for path, value in pairs.items():
             assign(data, path, deepcopy(value))  # a later path may lie within it
         return _validate(data, "--set")
+
+    def located(self) -> ExperimentConfig:
+        """The same with ``data.grids`` found from any working directory: a folder's path is made absolute."""
+        place = self.data.grids
+        if place is None or place == "run" or "://" in place:
+            return self
+        return self.override({"data.grids": str(Path(place).expanduser().resolve())})
 
     def to_resume(self, assignments: Sequence[str]) -> ExperimentConfig:
         """:meth:`override` for a run that goes on: its checkpoints hold for this config only.

@@ -81,12 +81,33 @@ class DataConfig(Section):
     shard_mb: int = Field(128, gt=0, description="target size of a shard in MB", json_schema_extra=NO_EFFECT)
     cache_mb: int = Field(
         1024, ge=0, description="keep decoded training images in memory when they fit in this many MB per worker; what"
-        " a network made of them for space feature may take as much again",
+        " a network made of them for space feature may take as much again, unless data.grids keeps it",
         json_schema_extra=NO_EFFECT,
     )  # fmt: skip
 
+    grids: str | None = Field(
+        None,
+        description="keep what space feature or latent makes of every view of the training images, encoded once before"
+        " training, as Parquet files that training then reads; run: in the run's folder until it is trained, else a"
+        " folder or s3://... that runs, sweeps and benchmarks share; empty: remember it in memory while cache_mb lasts",
+        json_schema_extra=NO_EFFECT,
+    )
+    grids_dtype: Literal["float32", "float16"] = Field(
+        "float32",
+        description="of grids; float32 changes no bit of the result, float16 takes half the room and changes the"
+        " weights slightly",
+        json_schema_extra=WHERE_SET,
+    )
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.grids == "":
+            raise ValueError("grids is empty; give run, a folder or s3://..., or null for none")
+        if self.grids is None and self.grids_dtype != "float32":
+            raise ValueError(
+                f"grids_dtype is {self.grids_dtype} and grids is not set, so nothing is kept; set data.grids to"
+                " run, a folder or s3://..., or leave data.grids_dtype out"
+            )
         if min(self.image_size) < 1:
             raise ValueError(f"image_size is {self.image_size}; both sides must be at least 1")
         return self

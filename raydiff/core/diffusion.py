@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from raydiff.core.chunks import by_chunks
+from raydiff.core.moving import to_device
 from raydiff.core.schedule import NoiseSchedule, PredictionType, predict_epsilon, predict_x0
 
 __all__ = ["Denoiser", "Diffusion", "full_precision", "keyed_seed"]
@@ -112,13 +113,14 @@ class Diffusion:
             return torch.empty_like(x_t)
 
         def call(*rows: Tensor) -> Tensor:
-            moved = [tensor.to(self.device) for tensor in rows] + [None] * (3 - len(rows))
+            moved = [to_device(tensor, self.device) for tensor in rows] + [None] * (3 - len(rows))
             with nullcontext() if self.differentiable else torch.inference_mode(), full_precision(self.device):
-                return self.denoiser(*moved).float().to(rows[0].device)  # type: ignore[arg-type]
+                return self.denoiser(*moved).float()  # type: ignore[arg-type]
 
         rows = (x_t, t) if condition is None else (x_t, t, condition)
         with nullcontext() if self.differentiable else torch.inference_mode():
-            return by_chunks(call, self.rows_per_call(tuple(x_t.shape[1:])), *rows, device=self.device)
+            found = by_chunks(call, self.rows_per_call(tuple(x_t.shape[1:])), *rows, device=self.device)
+            return found.to(x_t.device)  # once, so that a device is waited for once
 
     def rows_per_call(self, shape: tuple[int, ...]) -> int:
         """How many rows of ``shape`` the network is called with at a time, a power of two by default.

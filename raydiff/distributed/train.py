@@ -47,6 +47,7 @@ from raydiff.experiment import (
     provenance_of,
     space_state,
 )
+from raydiff.grids import Grids
 from raydiff.images import ImageSpec
 from raydiff.runtime import CHECKPOINTS
 from raydiff.shards import ShardSet, TrainingBatch, TrainingOrder, fits_in_memory
@@ -235,6 +236,7 @@ def _worker(job: dict[str, Any]) -> None:
             config, _stream(config, shards, runtime), held_out_images(config, shards, weights.left_out), runtime,
             num_classes=provenance["num_classes"], provenance=provenance, space_state=space_state(run_dir),
             teacher=teacher_in(run_dir, config, device=runtime.device), weights=weights,
+            grids=Grids.of(config, run_dir, shards),
         )  # fmt: skip
     except WorkerError:
         raise  # a task that Ray lost: a restart may mend it

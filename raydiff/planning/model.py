@@ -252,6 +252,9 @@ def _assumptions(profile: Profile, run: Run, target: Target) -> Iterator[str]:
         yield f"images like {profile.images.source} ({profile.images.file_bytes / 1e3:.1f} kB a file)"
     if profile.costly_space and encodings(profile, run) and target.gpu is not None:
         yield "the frozen network of the space is scaled like the denoiser, at the rate of convolutions"
+    if profile.costly_space and run.config.data.grids is not None:
+        size = run.num_train * run.keys * profile.latent_values * (2 if run.config.data.grids_dtype == "float16" else 4)
+        yield f"grids (data.grids) take {size / 2**30:.2f} GB more in storage; reading them takes no time"
     if profile.space_seconds:
         yield "the space is trained by the process that starts raydiff fit, in the time it would take here"
     if run.workers > 2:

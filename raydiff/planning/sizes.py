@@ -138,7 +138,8 @@ def host_memory(profile: Profile, run: Run, target: Target, device: DeviceMemory
         encoded = _CHUNK_BYTES / run.image_bytes * stored
         store = workers * (_READ_AHEAD * _BUFFERED * encoded + decoders * _CHUNK_BYTES)
     room = run.config.data.cache_mb * 2**20
-    latents = min(encodings(profile, run) * 4 * profile.latent_values, room) if profile.costly_space else 0.0
+    remembers = profile.costly_space and run.config.data.grids is None
+    latents = min(encodings(profile, run) * 4 * profile.latent_values, room) if remembers else 0.0
     return HostMemory(
         processes=(workers + 1.0) * profile.process_bytes,  # and the driver's
         ray=RAY_BYTES,

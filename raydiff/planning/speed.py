@@ -99,11 +99,13 @@ def encodings(profile: Profile, run: Run) -> float:
 
     It remembers them while they fit into ``data.cache_mb``. Of N images in k ways, an image and way falls to this
     worker with 1 / (k W) in each of E epochs: it meets N k (1 - (1 - 1 / (k W))^E) different ones. What does not fit is
-    encoded each time.
+    encoded each time. With ``data.grids`` every image is encoded in all ways, by all workers together.
     """
     if not profile.costly_space:
         return 0.0
     ways = run.num_train * run.keys
+    if run.config.data.grids is not None:
+        return ways / run.workers
     met = float(ways * (1 - (1 - 1 / (run.keys * run.workers)) ** run.epochs))
     room = run.config.data.cache_mb * 2**20 // (4 * profile.latent_values)
     if met <= room:

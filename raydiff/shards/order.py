@@ -10,7 +10,7 @@ The permutations are keyed by (seed, epoch), so any batch can be found again wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -34,13 +34,36 @@ class TrainingBatch:
     """One worker's slice of a global batch.
 
     ``ids`` has b strings; ``epochs`` int64 (b,), the epoch each image belongs to (a batch may span two or more);
-    ``images`` uint8 (b, H, W, C); ``labels`` int64 (b,), indices into ``ShardSet.normal_classes``.
+    ``images`` uint8 (b, H, W, C); ``labels`` int64 (b,), indices into ``ShardSet.normal_classes``. Where what a space
+    makes of the images was kept (:mod:`raydiff.grids`), ``grids`` is that, float32 (b, *space.shape), and ``images``
+    are of no size, (b, 0, 0, C).
     """
 
     ids: list[str]
     epochs: NDArray[np.int64]
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
+    grids: NDArray[np.float32] | None = None
+
+    def rows(self, chosen: slice | Sequence[int]) -> TrainingBatch:
+        """Some of it, in the order of ``chosen``."""
+        ids = self.ids[chosen] if isinstance(chosen, slice) else [self.ids[i] for i in chosen]
+        grids = None if self.grids is None else self.grids[chosen]
+        return TrainingBatch(ids, self.epochs[chosen], self.images[chosen], self.labels[chosen], grids)
+
+    @staticmethod
+    def joined(pieces: Sequence[TrainingBatch]) -> TrainingBatch:
+        """All of them, one behind the other; at least one."""
+        if len(pieces) == 1:
+            return pieces[0]
+        grids = [piece.grids for piece in pieces if piece.grids is not None]
+        return TrainingBatch(
+            [image_id for piece in pieces for image_id in piece.ids],
+            np.concatenate([piece.epochs for piece in pieces]),
+            np.concatenate([piece.images for piece in pieces]),
+            np.concatenate([piece.labels for piece in pieces]),
+            np.concatenate(grids) if grids else None,
+        )
 
 
 @dataclass(frozen=True)

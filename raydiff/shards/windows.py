@@ -20,7 +20,7 @@ from raydiff.shards.reading import GroupReader, ShardSet, StoredImage
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["StoredChunk", "cut", "stored_chunks"]
+__all__ = ["StoredChunk", "cut", "parts_of", "stored_chunks"]
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,17 @@ def stored_chunks(
             for place, (image, class_name) in zip(places.tolist(), stored, strict=True):
                 images[place] = image
                 labels[place] = index[class_name]
-    for part in _parts(len(rows), share.rows_before(window), share.rows_per_step, rows_per_chunk):
+    for part in parts_of(len(rows), share.rows_before(window), share.rows_per_step, rows_per_chunk):
         chunk = [image for image in images[part] if image is not None]
         images[part] = [None] * len(chunk)  # what was handed on is held no longer
         yield StoredChunk(window.epoch, chunk, labels[part])
 
 
-def _parts(count: int, before: int, batch: int, most: int) -> Iterator[slice]:
-    """``count`` rows, of a stream of which ``before`` came earlier, in parts of at most ``most``."""
+def parts_of(count: int, before: int, batch: int, most: int) -> Iterator[slice]:
+    """``count`` rows, of a stream of which ``before`` came earlier, in parts of at most ``most``.
+
+    Where that holds whole batches of ``batch`` rows they begin with one, so that :func:`cut` rarely has to copy.
+    """
     start = 0
     whole = most // batch * batch or most
     while start < count:
@@ -98,23 +101,8 @@ def cut(pieces: Iterable[TrainingBatch], size: int) -> Iterator[TrainingBatch]:
         count += len(piece.ids)
         if count < size:
             continue
-        joined = held[0] if len(held) == 1 else _join(held)
+        joined = TrainingBatch.joined(held)
         for start in range(0, count - size + 1, size):
-            yield _slice(joined, start, start + size)
+            yield joined.rows(slice(start, start + size))
         rest = count % size
-        held, count = ([_slice(joined, count - rest, count)] if rest else []), rest
-
-
-def _join(pieces: list[TrainingBatch]) -> TrainingBatch:
-    return TrainingBatch(
-        [image_id for piece in pieces for image_id in piece.ids],
-        np.concatenate([piece.epochs for piece in pieces]),
-        np.concatenate([piece.images for piece in pieces]),
-        np.concatenate([piece.labels for piece in pieces]),
-    )
-
-
-def _slice(batch: TrainingBatch, start: int, stop: int) -> TrainingBatch:
-    return TrainingBatch(
-        batch.ids[start:stop], batch.epochs[start:stop], batch.images[start:stop], batch.labels[start:stop]
-    )
+        held, count = ([joined.rows(slice(count - rest, count))] if rest else []), rest

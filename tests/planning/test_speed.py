@@ -127,6 +127,13 @@ def test_without_room_a_costly_space_encodes_every_time(round_profile: Profile) 
     assert encodings(profile, run) == 30 * 64
 
 
+def test_kept_grids_are_encoded_once_by_all_workers(round_profile: Profile) -> None:
+    profile = with_images(replace(round_profile, costly_space=True), num_train=640)
+    fields = {"training__horizontal_flip": True, "training__num_steps": 300, "data__cache_mb": 0}
+    assert encodings(profile, run_on(profile, 2, data__grids="run", **fields)) == 640
+    assert encodings(profile, run_on(profile, 2, **fields)) > 640
+
+
 def test_scores_on_a_gpu_follow_from_operations(round_profile: Profile) -> None:
     gpu = target(round_profile, gpus=1, gpu_type="a100-80gb", utilisation=0.5)
     assert score_seconds(round_profile, gpu) == pytest.approx(max(8e9 / 9.75e12, 8 * 150 * 8e-6 / 16))
