@@ -6,8 +6,8 @@ A run is a folder, on this machine or in an object store::
     shards/         the data, when the config names no other place
     checkpoints/    states to resume from
     space/          what a space that learns has learnt
-    heads/          what a scorer's own network has learnt, where it has one
     grids/          what it made of the training images, until the network is trained, with ``data.grids: run``
+    heads/          what a scorer's own network has learnt, where it has one
     folds/          networks that each left some training images out, where the config asks for them
     suspects.csv    training and calibration images by how anomalous they look, with ``contamination.max_share``
     metrics.jsonl   and tensorboard/
