@@ -25,6 +25,9 @@ from raydiff.images import to_tensor
 
 __all__ = ["compiled"]
 
+_MOST_SHAPES = 256
+"""Architectures and shapes that a process compiles a class of networks for; beyond that it is refused."""
+
 
 class _Compiled(nn.Module):
     """A network that is called through its compiled twin, and is otherwise the network, its weights' names too."""
@@ -106,9 +109,10 @@ def compiled(detector: Detector, *, backend: str | Callable[..., Any] = "inducto
 
     space = detector.space.compiled(quick) if isinstance(detector.space, CompilableSpace) else detector.space
     twin = replace(detector, network=quick(detector.network), space=space)
-    try:
-        _check(detector, twin)
-    except torch._dynamo.exc.TorchDynamoException as error:
+    try:  # PyTorch counts what one class of network was compiled for, over all artefacts that a process ever had
+        with torch._dynamo.config.patch(recompile_limit=_MOST_SHAPES, fail_on_recompile_limit_hit=True):
+            _check(detector, twin)
+    except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
         reason = " ".join(str(error).split())[:160]
         raise ConfigError(f"{detector.name} cannot be compiled here ({reason}); leave --compile out") from error
     return twin

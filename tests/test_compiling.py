@@ -66,6 +66,28 @@ def test_the_artefact_is_the_same(tiny_config: ExperimentConfig, tmp_path: Path)
     assert first.artifact_digest == second.artifact_digest
 
 
+def test_a_process_that_had_many_artefacts_still_compiles(
+    tiny_config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch gives up after eight of a class, with a warning; here there are more, and then an error."""
+    graphs: list[fx.GraphModule] = []
+
+    def counted(graph: fx.GraphModule, _: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def artefact(width: int) -> DiffusionDetector:
+        denoiser = {"name": "convnet", "width": width, "num_blocks": 1, "kernel_size": 1}
+        return DiffusionDetector.create(tiny_config.override({"denoiser": denoiser}), num_classes=1)
+
+    for number in range(1, 11):
+        compiled(artefact(4 * number).calibrate(small_images(8)), backend=counted)
+    assert len(graphs) == 10
+    monkeypatch.setattr("raydiff.compiling._MOST_SHAPES", 10)
+    with pytest.raises(ConfigError, match=r"cannot be compiled here .*leave --compile out"):
+        compiled(artefact(64).calibrate(small_images(8)), backend=counted)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("denoiser", ["convnet", "dit", "unet"])
 def test_scores_agree_to_rounding(tiny_config: ExperimentConfig, denoiser: str) -> None:

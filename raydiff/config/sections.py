@@ -87,9 +87,10 @@ class DataConfig(Section):
 
     grids: str | None = Field(
         None,
-        description="keep what space feature or latent makes of every view of the training images, encoded once before"
-        " training, as Parquet files that training then reads; run: in the run's folder until it is trained, else a"
-        " folder or s3://... that runs, sweeps and benchmarks share; empty: remember it in memory while cache_mb lasts",
+        description="keep what space feature, latent or rotnet makes of every view of the training images, encoded once"
+        " before training, as Parquet files that training then reads; run: in the run's folder until it is trained,"
+        " else a folder or s3://... that runs, sweeps and benchmarks share; empty: remember it in memory while cache_mb"
+        " lasts. Space pixel makes nothing that could be kept",
         json_schema_extra=NO_EFFECT,
     )
     grids_dtype: Literal["float32", "float16"] = Field(

@@ -1,7 +1,7 @@
 """Streaming grids in the training order: the batches that training would see, with grids in place of images.
 
 Memory: the rows of a block, up to 32 MB (one batch at least), four times: one that is read, with what it is read from,
-one that waits, and one that is cut into batches; and the footers of 64 files. Nothing grows with the number of images.
+one that waits, and one that is cut into batches; and the footers of 64 files. Of each image its name is kept.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ _REMEDY = "remove it and resume the run, which makes it anew"
 
 
 @dataclass(frozen=True)
-class _Open:
-    file: pq.ParquetFile
+class _Names:
     ids: list[str]
     classes: list[str]
 
@@ -49,12 +48,13 @@ class GridFiles:
 
     def __init__(self, grids: GridSet, storage: Storage) -> None:
         self._grids, self._storage = grids, storage
-        self._open: OrderedDict[int, _Open] = OrderedDict()
+        self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self._names: dict[int, _Names] = {}
 
     def close(self) -> None:
         """Close all files."""
         while self._open:
-            self._open.popitem()[1].file.close()
+            self._open.popitem()[1].close()
 
     def images(self, rows: NDArray[np.int64]) -> list[tuple[str, str]]:
         """(image id, class name) of rows of the split.
@@ -63,8 +63,11 @@ class GridFiles:
             DataError: a file cannot be read, or is not what it should be; the message names it.
         """
         parts, inside = self._grids.locate(rows)
-        opened = (self._file(part) for part in parts.tolist())
-        return [(file.ids[i], file.classes[i]) for file, i in zip(opened, inside.tolist(), strict=True)]
+        for part in np.unique(parts).tolist():
+            if part not in self._names:
+                self._file(part)
+        named = (self._names[part] for part in parts.tolist())
+        return [(names.ids[i], names.classes[i]) for names, i in zip(named, inside.tolist(), strict=True)]
 
     def read(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[np.float32]:
         """View ``views[i]`` of row ``rows[i]`` of the split, float32 (k, *shape).
@@ -84,7 +87,7 @@ class GridFiles:
         size = self._grids.group_rows
         groups, where = np.unique(rows // size, return_inverse=True)
         try:
-            table = self._file(part).file.read_row_groups(groups.tolist(), columns=["grid"], use_threads=False)
+            table = self._file(part).read_row_groups(groups.tolist(), columns=["grid"], use_threads=False)
         except (OSError, pa.ArrowException) as error:
             raise self._unreadable(part, " ".join(str(error).split())) from error
         stored = _values(table.column("grid"), self._grids)
@@ -94,14 +97,16 @@ class GridFiles:
         chosen: NDArray[Any] = stored[starts[where] + rows % size]
         return chosen
 
-    def _file(self, part: int) -> _Open:
+    def _file(self, part: int) -> pq.ParquetFile:
         if part not in self._open:
             if len(self._open) >= _MAX_OPEN_FILES:
-                self._open.popitem(last=False)[1].file.close()
+                self._open.popitem(last=False)[1].close()
             try:
-                self._open[part] = _opened(self._grids, self._storage, self._grids.parts[part])
+                file, names = _opened(self._grids, self._storage, self._grids.parts[part])
             except _FAULTS as error:
                 raise self._unreadable(part, " ".join(str(error).split())) from error
+            self._open[part] = file
+            self._names.setdefault(part, names)
         self._open.move_to_end(part)
         return self._open[part]
 
@@ -120,7 +125,7 @@ def _values(column: pa.ChunkedArray, grids: GridSet) -> NDArray[Any]:
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
-def _opened(grids: GridSet, storage: Storage, part: Part) -> _Open:
+def _opened(grids: GridSet, storage: Storage, part: Part) -> tuple[pq.ParquetFile, _Names]:
     """A part's file; raises one of ``_FAULTS`` where it is not whole, or another's."""
     file = pq.ParquetFile(storage.open(part.name), page_checksum_verification=True, pre_buffer=not storage.is_local)
     try:
@@ -134,7 +139,7 @@ def _opened(grids: GridSet, storage: Storage, part: Part) -> _Open:
     except BaseException:
         file.close()
         raise
-    return _Open(file, said["ids"], said["classes"])
+    return file, _Names(said["ids"], said["classes"])
 
 
 def _description(file: pq.ParquetFile) -> Mapping[str, Any]:
@@ -148,7 +153,7 @@ def _description(file: pq.ParquetFile) -> Mapping[str, Any]:
 def fault_of_part(grids: GridSet, storage: Storage, part: Part) -> str | None:
     """Why a part cannot be used: missing, truncated, another's; None where it can. Its pages are not read."""
     try:
-        _opened(grids, storage, part).file.close()
+        _opened(grids, storage, part)[0].close()
     except FileNotFoundError:
         return "is missing"
     except _FAULTS as error:

@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -64,20 +65,23 @@ class Maker:
         """
         stored = np.empty((part.count * grids.num_views, *grids.shape), dtype=grids.dtype)
         ids, classes, done = list[str](), list[str](), 0
-        pictures = ahead(self._pictures(part, ids, classes), _ENCODED_TOGETHER)
-        while batch := list(islice(pictures, _ENCODED_TOGETHER)):
-            names, views, pixels = zip(*batch, strict=True)
-            encoded = self._latents.of(
-                to_tensor(np.stack(pixels)), names, flips=[v.flip for v in views], turns=[v.turns for v in views]
-            )
-            with np.errstate(over="ignore"):  # said below
-                stored[done : done + len(batch)] = encoded.cpu().numpy()
-            done += len(batch)
+        with closing(ahead(self._pictures(part, ids, classes), _ENCODED_TOGETHER)) as pictures:
+            while batch := list(islice(pictures, _ENCODED_TOGETHER)):
+                names, views, pixels = zip(*batch, strict=True)
+                encoded = self._latents.of(
+                    to_tensor(np.stack(pixels)), names, flips=[v.flip for v in views], turns=[v.turns for v in views]
+                )
+                with np.errstate(over="ignore"):  # said below
+                    stored[done : done + len(batch)] = encoded.cpu().numpy()
+                done += len(batch)
         if not np.isfinite(stored).all():
-            raise TrainingError(
-                f"{part.shard}: space gave what is no number, or too large for data.grids_dtype {grids.dtype}, for one"
-                f" of images {part.start} to {part.start + part.count - 1}; set data.grids_dtype to float32"
-            )
+            where = f"{part.shard}: for one of images {part.start} to {part.start + part.count - 1}"
+            if grids.dtype == "float16":
+                raise TrainingError(
+                    f"{where} the space gave what is no number, or too large for data.grids_dtype float16; set"
+                    " data.grids_dtype to float32"
+                )
+            raise TrainingError(f"{where} the space gave what is no number; fit the space again, with other settings")
         return encoded_part(grids, part, ids, classes, stored)
 
     def _pictures(

@@ -25,7 +25,7 @@ from raydiff.config import ExperimentConfig
 from raydiff.detector import build_space
 from raydiff.errors import ConfigError, DataError, StorageError
 from raydiff.experiment import cached, fit_locally, open_run
-from raydiff.grids import Grids, layout
+from raydiff.grids import Grids, layout, reading
 from raydiff.images import to_tensor
 from raydiff.runtime import CHECKPOINTS, LocalRuntime
 from raydiff.shards import ShardSet, TrainingBatch
@@ -393,3 +393,31 @@ def test_a_run_knows_its_grids_from_anywhere(
         tmp_path / "g"
     )
     assert open_run(tmp_path / "b", feature_config.override({"data.grids": "run"}), resume=False).data.grids == "run"
+
+
+def test_no_file_is_opened_for_each_row(
+    feature_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names are kept when a file has been open once, and rows are read file by file, however few may stay open."""
+    monkeypatch.setattr("raydiff.grids.layout._PART_BYTES", 1)  # an image a file
+    monkeypatch.setattr("raydiff.grids.reading._MAX_OPEN_FILES", 4)
+    opened: list[Any] = []
+    original = reading._opened
+
+    def counted(*arguments: Any) -> Any:
+        opened.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(reading, "_opened", counted)
+    fit_locally(feature_config.override({"data.grids": str(tmp_path / "grids")}), tmp_path / "run", digit_shards)
+    grids, storage, _ = opened[0]
+    assert len(grids.parts) == digit_shards.count("train") > 4
+    rows = np.random.default_rng(0).integers(0, len(grids.parts), 500)
+    files = reading.GridFiles(grids, storage)
+    for expected in (len(np.unique(rows)), 0):
+        opened.clear()
+        files.images(rows)
+        assert len(opened) == expected
+    files.read(rows, np.zeros_like(rows))
+    assert len(opened) <= len(np.unique(rows))
+    files.close()

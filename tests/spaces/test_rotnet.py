@@ -137,6 +137,9 @@ def test_what_is_refused(space: RotNetSpace) -> None:
         build(Options.model_validate(QUICK | {"num_components": 129}), channels=1, image_size=SIZE)
     with pytest.raises(ValidationError, match="factor is 6; it must be a power of two"):
         Options(factor=6)
+    for alike in (fours()[:1], fours()[:1].expand(5, -1, -1, -1)):
+        with pytest.raises(ConfigError, match=r"space rotnet got \d training image\(s\), none of which differs"):
+            fitted(alike)
     fresh = build(Options.model_validate(QUICK | {"num_components": 8}), channels=1, image_size=SIZE)
     with pytest.raises(RaydiffError, match="has learnt nothing yet"):
         fresh.encode(fours()[:1])
