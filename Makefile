@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint pytest bench clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -21,7 +21,11 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-test: lint
+# Side by side: the tests wait for Ray more than they compute.
+test: $(STAMP)
+	$(MAKE) --no-print-directory --jobs=2 lint pytest
+
+pytest: $(STAMP)
 	$(BIN)/python -m pytest
 
 bench: $(STAMP)

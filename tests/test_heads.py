@@ -237,6 +237,7 @@ def test_a_sweep_trains_one_head_for_all_that_share_it(
     assert torch.equal(evidence, own.measure(to_tensor(cache.normals)))
 
 
+@pytest.mark.slow
 def test_an_export_scores_alike(run: Path, digit_images: Tensor, tmp_path: Path) -> None:
     detector = load_detector(run / "artifact")
     export(detector, tmp_path / "head.pt2")
