@@ -30,7 +30,7 @@ from raydiff.shards import ShardSet
 from raydiff.splits import training_images
 from raydiff.storage import Place
 
-__all__ = ["HEADS", "PlantedExamples", "planted_examples", "seconds_of_head", "with_trained_scorer"]
+__all__ = ["HEADS", "PlantedExamples", "planted_examples", "planted_in", "seconds_of_head", "with_trained_scorer"]
 
 HEADS = "heads"
 """The run folder's subfolder for what scorers' own networks have learnt, each in a folder of its own."""
@@ -73,9 +73,13 @@ def planted_examples(
         shards: the images.
         without: ids of training images that are left out.
     """
-    config = detector.config
-    images = to_uint8(training_images(config, shards, plants.num_images, without=without))
-    made, masks = planted(images, plants, config.seed)
+    images = training_images(detector.config, shards, plants.num_images, without=without)
+    return planted_in(detector, plants, to_uint8(images))
+
+
+def planted_in(detector: DiffusionDetector, plants: Plants, images: NDArray[np.uint8]) -> PlantedExamples:
+    """The same of images (n, H, W, C) that are given, as the model sees them."""
+    made, masks = planted(images, plants, detector.config.seed)
     normal = np.zeros(images.shape[:3], dtype=np.bool_)
     return PlantedExamples(
         np.concatenate([images, made]), np.concatenate([normal, masks]), len(images), detector.encode,

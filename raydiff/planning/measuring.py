@@ -27,7 +27,8 @@ from raydiff.config import ExperimentConfig
 from raydiff.contracts import TrainedSpace
 from raydiff.detector import Crops, DiffusionDetector, build_space
 from raydiff.errors import ConfigError
-from raydiff.images import to_tensor
+from raydiff.images import to_tensor, to_uint8
+from raydiff.planning.learning import with_measured_head
 from raydiff.planning.profile import Pair, Profile, workload
 from raydiff.planning.sampling import sample_images
 from raydiff.provenance import hardware, source_commit, versions
@@ -172,6 +173,8 @@ def _measured(
                 peaks[count] = torch.cuda.max_memory_allocated()
                 torch.cuda.reset_peak_memory_stats()
     say("scores")
+    seen = to_uint8(_seen(config, pixels))
+    detector, head_seconds = with_measured_head(detector, seen, sample.images.num_train)
     encode_seconds, encode_flops = _encoding(detector, pixels)
     score_rows = min(detector.images_per_call, len(pixels))
     artifact = detector.files()
@@ -189,7 +192,8 @@ def _measured(
         saved_bytes={count: graph.saved_bytes for count, graph in graphs.items()}, flops=graphs[2].flops,
         forward_flops=graphs[2].forward_flops, operations={n: graph.operations for n, graph in graphs.items()},
         forward_operations=graphs[2].forward_operations, encode_seconds=encode_seconds, encode_flops=encode_flops,
-        costly_space=detector.space.costly, space_seconds=space_seconds, evaluations=detector.num_evaluations or 0,
+        costly_space=detector.space.costly, space_seconds=space_seconds, head_seconds=head_seconds,
+        evaluations=detector.num_evaluations or 0,
         score_seconds=_score_seconds(detector, pixels[:score_rows]), score_rows=score_rows,
         checkpoint_bytes=clock.checkpoint[0], checkpoint_seconds=clock.checkpoint[1],
         artifact_bytes=sum(map(len, artifact.values())), process_bytes=resident, images=sample.images, pair=found,

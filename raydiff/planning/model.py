@@ -33,7 +33,8 @@ __all__ = ["Plan", "Time", "make_plan"]
 @dataclass(frozen=True)
 class Time:
     """Seconds of a whole ``raydiff fit``: ``startup`` is Ray's and the workers', ``images`` reading them into memory,
-    ``space`` fitting it, ``steps`` the training, then checkpoints, validation and calibration.
+    ``space`` fitting it, ``steps`` the training, then checkpoints and validation, ``head`` the training
+    of a scorer's own network, and calibration.
     """
 
     startup: float
@@ -42,14 +43,16 @@ class Time:
     steps: float
     checkpoints: float
     validation: float
+    head: float
     calibration: float
 
     @property
     def total(self) -> float:
         """All of it, one after the other."""
         return (
-            self.startup + self.images + self.space + self.steps + self.checkpoints + self.validation + self.calibration
-        )
+            self.startup + self.images + self.space + self.steps + self.checkpoints + self.validation + self.head
+            + self.calibration
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,7 @@ def _time(profile: Profile, run: Run, target: Target, a_step: Step, score: float
         steps=_num_steps(run) * a_step.seconds,
         checkpoints=math.ceil(_num_steps(run) / training.checkpoint_every) * save,
         validation=math.ceil(_num_steps(run) / training.validate_every) * each,
+        head=(1 + _num_folds(run)) * profile.head_seconds,
         calibration=_num_calibrated(run) * score,
     )
 
@@ -257,6 +261,8 @@ def _assumptions(profile: Profile, run: Run, target: Target) -> Iterator[str]:
         yield f"grids (data.grids) take {size / 2**30:.2f} GB more in storage; reading them takes no time"
     if profile.space_seconds:
         yield "the space is trained by the process that starts raydiff fit, in the time it would take here"
+    if profile.head_seconds:
+        yield "the scorer's head is trained by the process that starts raydiff fit, in the time it would take here"
     if run.workers > 2:
         yield "the start of more than two workers takes as long as that of two"
     if getattr(run.config.denoiser, "activation_checkpointing", False):

@@ -89,6 +89,7 @@ class Profile:
         operations: by rows, started in forward and backward; ``forward_operations`` in a forward pass.
         encode_seconds, encode_flops: of a costly space, per image; 0 for another.
         space_seconds: of the whole fit of a space that is trained, from some of its steps; 0 for another.
+        head_seconds: of the whole training of a scorer's own network, from some of its steps and examples; 0 without.
         evaluations: network evaluations per score; ``score_seconds`` per image, in batches of ``score_rows``.
         checkpoint_bytes, checkpoint_seconds: written to a local temporary folder, with hashes and fsync.
         artifact_bytes: of the saved detector, calibration scores aside.
@@ -129,6 +130,7 @@ class Profile:
     commit: str | None = None
     seconds: float = 0.0
     space_seconds: float = 0.0
+    head_seconds: float = 0.0
 
     @property
     def on_gpu(self) -> bool:

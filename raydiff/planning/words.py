@@ -99,7 +99,8 @@ def _time(plan: Plan) -> Iterator[str]:
     time = plan.time
     parts = {
         "steps": time.steps, "checkpoints": time.checkpoints, "start": time.startup, "images": time.images,
-        "space": time.space, "validation": time.validation, "calibration": time.calibration,
+        "space": time.space, "validation": time.validation, "head": time.head,
+        "calibration": time.calibration,
     }  # fmt: skip
     told = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds >= 0.5)
     yield f"Time to train  {duration(time.total)} ({told})"

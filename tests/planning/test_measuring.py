@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,12 @@ import torch
 from raydiff.config import ExperimentConfig
 from raydiff.errors import ConfigError
 from raydiff.planning.measuring import chosen_rows, fitted_space, measure
+from raydiff.planning.model import make_plan
 from raydiff.planning.pair import measure_pair
 from raydiff.planning.profile import Profile
 from raydiff.planning.sampling import sample_images
+from raydiff.planning.target import Run, target_of
+from raydiff.planning.words import plan_words
 from raydiff.shards import ShardSet
 
 
@@ -28,7 +31,7 @@ def measured(tiny_config: ExperimentConfig) -> Profile:
 def test_every_figure_is_there(measured: Profile) -> None:
     nothing = {"encode_seconds", "encode_flops", "space_bytes", "costly_space", "pair", "device_peak_bytes", "commit"}
     for field in fields(measured):
-        if field.name not in nothing | {"device_memory_bytes", "space_seconds"}:
+        if field.name not in nothing | {"device_memory_bytes", "space_seconds", "head_seconds"}:
             assert getattr(measured, field.name), field.name
     assert max(measured.step_seconds) <= 16  # fewer where the machine is busy
     assert measured.evaluations == 8
@@ -126,3 +129,24 @@ def test_a_device_that_is_not_here_is_refused(tiny_config: ExperimentConfig) -> 
         pytest.skip("there is a GPU")
     with pytest.raises(ConfigError, match="--device cuda: torch finds no GPU here"):
         measure(tiny_config, device="cuda")
+
+
+def test_a_scorer_with_a_head_is_planned_with_the_training_of_it(tiny_config: ExperimentConfig) -> None:
+    """However few cells its anomalies cover."""
+    scoring = {"name": "discriminative", "width": 8, "depth": 1, "num_steps": 100_000, "severities": [1]}
+    config = tiny_config.override({"scoring": scoring})
+    profile = measure(config, pair=False, seconds=0.1)
+    assert profile.score_seconds > 0
+    assert profile.evaluations == 1
+    assert 20 < profile.head_seconds < 20_000
+    run = Run.of(config, profile, None, 1)
+    plan = make_plan(profile, run, target_of(config, profile))
+    assert plan.time.head == profile.head_seconds
+    without = make_plan(replace(profile, head_seconds=0.0), run, plan.target)
+    assert plan.time.total == pytest.approx(without.time.total + profile.head_seconds)
+    assert ", head " in plan_words(plan)
+    assert any("the scorer's head is trained" in sentence for sentence in plan.assumptions)
+    few = replace(profile.images, num_train=6)
+    folds = config.override({"data.calibration_fraction": 0, "cross_fitting.folds": 2})
+    crossed = Run.of(folds, replace(profile, images=few), None, 1)
+    assert make_plan(profile, crossed, plan.target).time.head == 3 * profile.head_seconds
