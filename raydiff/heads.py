@@ -105,6 +105,7 @@ def with_trained_scorer(
         report: gets a line now and then (see :class:`raydiff.planting.TrainedScorer`).
 
     Raises:
+        ConfigError: the anomalies are too small for the grid to learn from.
         TrainingError: the loss is not a number.
         StorageError: the run folder cannot be written.
     """

@@ -86,6 +86,7 @@ class TrainedScorer(Scorer, Protocol):
         ``report`` gets ``head_step`` of ``head_steps``, ``head_loss`` and ``head_seconds`` since it began.
 
         Raises:
+            ConfigError: the anomalies are too small for the grid to learn from.
             TrainingError: the loss is not a number.
         """
         ...

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from raydiff.core.diffusion import full_precision, keyed_seed
-from raydiff.errors import TrainingError
+from raydiff.errors import ConfigError, TrainingError
 
 __all__ = ["Head", "HeadSize", "HeadTraining", "train_head"]
 
@@ -25,7 +25,13 @@ _REPORTS = 10
 """Lines of progress in a training, about."""
 
 _LEAST_SHARE = 0.1
-"""A cell of which less than this is anomalous, but not nothing, teaches nothing: it is neither."""
+"""A cell of which less than this is anomalous, but not nothing, teaches nothing: it is neither.
+
+One cell for the whole image is anomalous if anything of it is.
+"""
+
+_LEAST_ANOMALIES = 4
+"""Fewer planted anomalies that cover a cell teach nothing; unless fewer were planted."""
 
 
 class HeadSize(NamedTuple):
@@ -132,10 +138,12 @@ def train_head(
         report: see :class:`raydiff.planting.TrainedScorer`.
 
     Raises:
+        ConfigError: hardly any anomaly covers enough of a cell.
         TrainingError: the loss is not a number.
     """
+    anomalous = _anomalous(shares, num_normal)
     begun = time.monotonic()
-    for step, loss in _losses(head.train(), training, shown, shares, num_normal, seed):
+    for step, loss in _losses(head.train(), training, shown, (shares, anomalous), num_normal, seed):
         if step % max(1, training.num_steps // _REPORTS) == 0 or step == training.num_steps:
             value, seconds = float(loss), time.monotonic() - begun
             if not math.isfinite(value):
@@ -147,14 +155,33 @@ def train_head(
     return head.eval().requires_grad_(False)
 
 
+def _anomalous(shares: Tensor, num_normal: int) -> Tensor:
+    """Which cells of which examples count as anomalous, (n, 1, H, W).
+
+    Raises:
+        ConfigError: those of hardly any example, so that nothing can be learnt of them.
+    """
+    height, width = shares.shape[-2:]
+    anomalous = shares >= _LEAST_SHARE if height * width > 1 else shares > 0
+    found, planted = int(anomalous[num_normal:].flatten(1).any(1).sum()), len(shares) - num_normal
+    if found < min(_LEAST_ANOMALIES, planted):
+        raise ConfigError(
+            f"scoring discriminative: {found} of {planted} planted anomalies cover {_LEAST_SHARE:.0%} of a cell of the"
+            f" {height} x {width} grid, too few to learn from; set scoring.severities higher, choose scoring.kinds that"
+            " are larger, or a space with a finer grid"
+        )
+    return anomalous
+
+
 def _losses(
-    head: Head, training: HeadTraining, shown: Callable[[list[int]], Tensor], shares: Tensor, num_normal: int, seed: int
-) -> Iterator[tuple[int, Tensor]]:
-    """Each step's number, from 1 on, and loss."""
+    head: Head, training: HeadTraining, shown: Callable[[list[int]], Tensor], cells: tuple[Tensor, Tensor],
+    num_normal: int, seed: int,
+) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+    """Each step's number, from 1 on, and loss; ``cells`` are the shares, and which of them are anomalous."""
+    shares, anomalous = cells
     optimiser = torch.optim.AdamW(head.parameters(), lr=training.learning_rate, weight_decay=0.01)
     generator = torch.Generator().manual_seed(keyed_seed("head order", seed))
     device = head.mean.device
-    anomalous = shares >= _LEAST_SHARE
     weights = _weights(shares, anomalous, num_normal).to(device)
     for step in range(training.num_steps):
         for group in optimiser.param_groups:

@@ -16,6 +16,7 @@ from raydiff.core.schedule import make_schedule
 from raydiff.errors import ArtifactError, ConfigError, RaydiffError, TrainingError
 from raydiff.planting import TrainedScorer
 from raydiff.scorers import denoising_error, discriminative
+from raydiff.scorers._head import Head, HeadSize, HeadTraining, train_head
 from raydiff.scorers.discriminative import Discriminative, Options, build
 from raydiff.testing import LatentExamples, OracleDenoiser, planted_defect
 
@@ -171,3 +172,35 @@ def test_a_cell_that_is_hardly_anomalous_teaches_nothing(oracle: OracleDenoiser)
     model: Diffusion = oracle.model()
     one, other = weights(11.0), weights(99.0)
     assert all(torch.allclose(value, other[name], atol=1e-6) for name, value in one.items())
+
+
+def with_shares(oracle: OracleDenoiser, shares: Tensor) -> LatentExamples:
+    """Normal images, and as many that are said to be anomalous by these shares of their cells."""
+    clean = oracle.sample((len(shares), *SHAPE), seed=1)
+    return LatentExamples(torch.cat([clean, clean + 1]), torch.cat([torch.zeros_like(shares), shares]), len(shares))
+
+
+def test_anomalies_too_small_for_the_grid_are_refused(oracle: OracleDenoiser) -> None:
+    shares = torch.zeros(8, *SHAPE)
+    shares[:, :, 3, 3] = 0.05
+    shares[:3, :, 3, 3] = 0.5
+    scorer = build(Options.model_validate(QUICK | {"num_steps": 1}))
+    message = "3 of 8 planted anomalies cover 10% of a cell of the 12 x 12 grid, .*set scoring.severities higher"
+    with pytest.raises(ConfigError, match=message):
+        scorer.train(oracle.model(), with_shares(oracle, shares), lambda _: None)
+    assert not scorer.is_trained
+    shares[3, :, 3, 3] = 0.5
+    scorer.train(oracle.model(), with_shares(oracle, shares), lambda _: None)
+    few = build(Options.model_validate(QUICK | {"num_steps": 1}))
+    few.train(oracle.model(), with_shares(oracle, shares[:2]), lambda _: None)
+
+
+def test_one_cell_is_anomalous_however_little_of_it_is() -> None:
+    head = Head.of(1, HeadSize(8, 0, 1), 0)
+    x = torch.cat([torch.zeros(8, 1, 1, 1), torch.ones(8, 1, 1, 1)])
+    trained_head = train_head(
+        head, HeadTraining(60, 8, 3e-2, 0.0), lambda rows: x[rows], 0.02 * x, 8, seed=0, report=lambda _: None
+    )
+    logits = trained_head(x).flatten()
+    assert logits[8:].min() > 1
+    assert logits[:8].max() < -1
