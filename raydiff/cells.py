@@ -21,7 +21,7 @@ from raydiff.distillation import TEACHER, student_config
 from raydiff.errors import ConfigError, DataError
 from raydiff.evaluation import evaluate
 from raydiff.experiment import ARTIFACT, CONFIG, calibrated, fit_baseline, fit_locally
-from raydiff.heads import seconds_of_head, with_trained_scorer
+from raydiff.heads import with_timed_scorer
 from raydiff.images import images_per_batch
 from raydiff.journal import write_whole
 from raydiff.plan import Cell, Training
@@ -153,8 +153,9 @@ def _detector(cell: Cell, out: Path, shards: ShardSet) -> tuple[Detector, float]
     if trained.config.distillation is not None:  # its scorer is its own: one evaluation for all of the cell's
         return trained, seconds
     without = weights_of(folder, shards).by_id
-    scored = with_trained_scorer(trained.with_scoring(cell.config.scoring), shards, without=without, keep_in=folder)
-    return scored, seconds + seconds_of_head(scored, folder)
+    bare = trained.with_scoring(cell.config.scoring)
+    scored, of_head = with_timed_scorer(bare, shards, without=without, keep_in=folder)
+    return scored, seconds + of_head
 
 
 def _trained(key: str | None, out: Path, resources: Resources) -> DiffusionDetector:

@@ -12,7 +12,7 @@ import hashlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,17 +20,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from raydiff.artifact import Folder, encode_json, encode_tensors, read_folder, write_folder
+from raydiff.artifact import encode_json, encode_tensors, read_folder, write_folder
 from raydiff.config import component_options
 from raydiff.detector import Detector, DiffusionDetector, build_scorer
-from raydiff.errors import ArtifactError
+from raydiff.errors import ArtifactError, StorageError
 from raydiff.images import to_tensor, to_uint8
 from raydiff.planting import Plants, TrainedScorer, planted
 from raydiff.shards import ShardSet
 from raydiff.splits import training_images
 from raydiff.storage import Place
 
-__all__ = ["HEADS", "PlantedExamples", "planted_examples", "planted_in", "seconds_of_head", "with_trained_scorer"]
+__all__ = ["HEADS", "PlantedExamples", "planted_examples", "planted_in", "with_timed_scorer", "with_trained_scorer"]
 
 HEADS = "heads"
 """The run folder's subfolder for what scorers' own networks have learnt, each in a folder of its own."""
@@ -113,36 +113,79 @@ def with_trained_scorer(
         return detector
     if detector.scorer.is_trained:
         return detector
+    return _with_head(detector, shards, without, keep_in, report)[0]
+
+
+def with_timed_scorer(
+    detector: DiffusionDetector, shards: ShardSet, *, without: Collection[str] = (), keep_in: Place
+) -> tuple[DiffusionDetector, float]:
+    """As :func:`with_trained_scorer`, and the seconds that the training takes or took, whoever did it; 0 without one.
+
+    Raises:
+        ConfigError: the anomalies are too small for the grid to learn from.
+        TrainingError: the loss is not a number.
+        StorageError: the run folder cannot be written.
+    """
+    if not isinstance(detector.scorer, TrainedScorer):
+        return detector, 0.0
+    return _with_head(detector, shards, without, keep_in, None)
+
+
+class _Kept(NamedTuple):
+    """What a training came to."""
+
+    state: dict[str, Tensor]
+    seconds: float
+
+
+def _with_head(
+    detector: DiffusionDetector,
+    shards: ShardSet,
+    without: Collection[str],
+    keep_in: Place | None,
+    report: Callable[[Mapping[str, Any]], None] | None,
+) -> tuple[DiffusionDetector, float]:
+    """With the head that is kept, or else one trained now; and the seconds of its training."""
     scorer = build_scorer(detector.config, int(detector.provenance["num_classes"]))
     assert isinstance(scorer, TrainedScorer)  # noqa: S101
     place = _place(keep_in, scorer)
     origin = {} if place is None else _origin(detector, scorer, shards, without)
-    known = None if place is None else _kept(place, origin)
-    if known is not None:
-        scorer.load_state(known.tensors("head.safetensors"))
-        return replace(detector, scorer=scorer)
-    lines, begun = list[Mapping[str, Any]](), time.monotonic()
+    found = None if place is None else _kept(place, origin)
+    if found is None:
+        lines, begun = list[Mapping[str, Any]](), time.monotonic()
 
-    def heed(line: Mapping[str, Any]) -> None:
-        lines.append(line)
-        if report is not None:
-            report(line)
+        def heed(line: Mapping[str, Any]) -> None:
+            lines.append(line)
+            if report is not None:
+                report(line)
 
-    scorer.train(detector.model, planted_examples(detector, scorer.plants, shards, without=without), heed)
-    if place is not None:
-        took = {"seconds": time.monotonic() - begun, "lines": lines}
-        files = {"origin.json": encode_json(origin), "head.safetensors": encode_tensors(scorer.state())}
-        write_folder(place, "head", {**files, "progress.json": encode_json(took)}, overwrite=True)
-    return replace(detector, scorer=scorer)
+        scorer.train(detector.model, planted_examples(detector, scorer.plants, shards, without=without), heed)
+        found = _Kept(scorer.state(), time.monotonic() - begun)
+        if place is not None:
+            found = _keep(place, origin, found, lines)
+    scorer.load_state(found.state)
+    return replace(detector, scorer=scorer), found.seconds
 
 
-def seconds_of_head(detector: Detector, run_dir: Place) -> float:
-    """What the training of its scorer's own network took that a run keeps; 0 for a detector without one."""
-    if not isinstance(detector, DiffusionDetector) or not isinstance(detector.scorer, TrainedScorer):
-        return 0.0
-    place = _place(run_dir, detector.scorer)
-    assert place is not None  # noqa: S101
-    return float(read_folder(place).json("progress.json")["seconds"])
+def _keep(place: Place, origin: Mapping[str, Any], head: _Kept, lines: list[Mapping[str, Any]]) -> _Kept:
+    """Write a head; where somebody was faster, theirs stays, since others may be reading it, and is given back.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    if (theirs := _kept(place, origin)) is not None:
+        return theirs
+    files = {
+        "origin.json": encode_json(origin), "head.safetensors": encode_tensors(head.state),
+        "progress.json": encode_json({"seconds": head.seconds, "lines": lines}),
+    }  # fmt: skip
+    try:
+        write_folder(place, "head", files, overwrite=place.exists())  # of another origin
+    except StorageError:
+        if (theirs := _kept(place, origin)) is None:
+            raise
+        return theirs
+    return head
 
 
 def _place(run_dir: Place | None, scorer: TrainedScorer) -> Place | None:
@@ -163,12 +206,14 @@ def _origin(
     }  # fmt: skip
 
 
-def _kept(place: Place, origin: Mapping[str, Any]) -> Folder | None:
-    """A head that lies there, if it is of this origin."""
+def _kept(place: Place, origin: Mapping[str, Any]) -> _Kept | None:
+    """A head that lies there whole, if it is of this origin."""
     if not place.exists():
         return None
     try:
         folder = read_folder(place)
-    except ArtifactError:
+        if folder.json("origin.json") != origin:
+            return None
+        return _Kept(folder.tensors("head.safetensors"), float(folder.json("progress.json")["seconds"]))
+    except (ArtifactError, OSError):  # not finished, or one of another origin that is being replaced
         return None
-    return folder if folder.json("origin.json") == origin else None

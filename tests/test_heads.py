@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -13,15 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from raydiff.artifact import read_folder
+from raydiff.artifact import Folder, read_folder, write_folder
 from raydiff.config import ExperimentConfig, component_options
 from raydiff.contracts import Split
 from raydiff.detector import Detector, DiffusionDetector, load_detector
-from raydiff.errors import ConfigError, RaydiffError
+from raydiff.errors import ConfigError, RaydiffError, StorageError
 from raydiff.experiment import calibrated, fit_locally, split_batches
 from raydiff.exported import load_exported
 from raydiff.exporting import export
-from raydiff.heads import HEADS, planted_examples, seconds_of_head, with_trained_scorer
+from raydiff.heads import HEADS, planted_examples, with_timed_scorer, with_trained_scorer
 from raydiff.images import to_tensor, to_uint8
 from raydiff.planting import Plants
 from raydiff.shards import ShardSet, write_shards
@@ -99,8 +101,6 @@ def test_a_run_has_a_head_in_its_artefact(run: Path, lines: list[Mapping[str, An
 def test_a_resumed_run_finds_its_head(
     run: Path, config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path
 ) -> None:
-    import shutil
-
     again = tmp_path / "run"
     shutil.copytree(run, again)
     shutil.rmtree(again / "artifact")
@@ -111,6 +111,9 @@ def test_a_resumed_run_finds_its_head(
     other = config.override({"scoring.num_steps": 3})
     detector = load_detector(run / "artifact")
     assert isinstance(detector, DiffusionDetector)
+    (kept,) = (again / HEADS).iterdir()
+    took = json.loads((kept / "progress.json").read_text())["seconds"]
+    assert with_timed_scorer(detector, digit_shards, keep_in=again)[1] == took
     fresh = with_trained_scorer(detector.with_scoring(other.scoring), digit_shards, keep_in=again, report=lines.append)
     assert [line["head_step"] for line in lines if "head_step" in line] == [1, 2, 3]
     assert len(list((again / HEADS).iterdir())) == 2
@@ -118,7 +121,16 @@ def test_a_resumed_run_finds_its_head(
     shared = with_trained_scorer(detector.with_scoring(combined), digit_shards, keep_in=again, report=lines.append)
     assert len([line for line in lines if "head_step" in line]) == 3
     assert same(head_of(shared), head_of(fresh))
-    assert seconds_of_head(shared, again) > 0
+    assert isinstance(shared, DiffusionDetector)
+    found, seconds = with_timed_scorer(shared, digit_shards, keep_in=again)
+    assert same(head_of(found), head_of(fresh))
+    assert 0 < seconds in [json.loads(path.read_text())["seconds"] for path in (again / HEADS).glob("*/progress.json")]
+    assert (
+        with_timed_scorer(
+            detector.with_scoring(component_options("scorers", "denoising_error")), digit_shards, keep_in=again
+        )[1]
+        == 0
+    )
 
 
 def test_no_calibration_or_test_image_has_a_part_in_it(
@@ -260,3 +272,63 @@ def test_an_anomaly_covers_cells_by_their_share(detector: DiffusionDetector, dig
     halves = replace(examples, masks=masks, cells=(4, 4)).shares([2])[0, 0]
     assert float(halves[0, 0]) == 0.5
     assert float(halves.sum()) == 0.5
+
+
+def test_whoever_comes_second_takes_the_head_that_is_there(
+    detector: DiffusionDetector, digit_shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two cells that train it at once: nobody replaces what a third may be reading, and nobody fails."""
+    bare = detector.with_scoring(component_options("scorers", {**SCORING, "num_steps": 1}))
+    first = Event()
+    theirs: list[tuple[Detector, float]] = []
+
+    def slow(*given: Any, **more: Any) -> Any:
+        if not first.is_set():  # somebody else trains and keeps one, once this has seen that there is none
+            first.set()
+            theirs.append(with_timed_scorer(bare, digit_shards, keep_in=tmp_path))
+            kept.extend(tmp_path.glob("heads/*/*"))
+            times.extend(path.stat().st_ino for path in kept)
+        return planted_examples(*given, **more)
+
+    kept, times = list[Path](), list[int]()
+    monkeypatch.setattr("raydiff.heads.planted_examples", slow)
+    mine, seconds = with_timed_scorer(bare, digit_shards, keep_in=tmp_path)
+    assert same(head_of(mine), head_of(theirs[0][0]))
+    assert seconds == theirs[0][1]
+    assert len(kept) == 4
+    assert [path.stat().st_ino for path in kept] == times
+
+
+def test_writers_that_collide_both_go_on(
+    detector: DiffusionDetector, digit_shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = detector.with_scoring(component_options("scorers", {**SCORING, "num_steps": 1}))
+
+    def late(place: Path, kind: Any, files: Mapping[str, bytes], **more: Any) -> str:
+        write_folder(place, kind, files, **more)
+        raise StorageError(f"{place}: cannot be written (Directory not empty)")
+
+    monkeypatch.setattr("raydiff.heads.write_folder", late)
+    mine, seconds = with_timed_scorer(bare, digit_shards, keep_in=tmp_path)
+    assert seconds > 0
+    assert head_of(mine)
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError):
+        with_timed_scorer(bare, digit_shards, keep_in=tmp_path / "file")
+
+
+def test_a_head_that_is_torn_away_is_trained_again(
+    detector: DiffusionDetector, digit_shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = detector.with_scoring(component_options("scorers", {**SCORING, "num_steps": 1}))
+    first = with_trained_scorer(bare, digit_shards, keep_in=tmp_path)
+
+    def torn(place: Path) -> Folder:
+        folder = read_folder(place)
+        shutil.rmtree(place)
+        return folder
+
+    monkeypatch.setattr("raydiff.heads.read_folder", torn)
+    again, seconds = with_timed_scorer(bare, digit_shards, keep_in=tmp_path)
+    assert same(head_of(first), head_of(again))
+    assert seconds > 0
