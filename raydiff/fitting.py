@@ -166,6 +166,7 @@ def calibrated(detector: Detector, shards: ShardSet, *, run_dir: Place | None = 
 
     Raises:
         ConfigError: there is no calibration split, and ``run_dir`` is not given.
+        StorageError: a fold's head cannot be written to ``run_dir``.
     """
     return _calibrated(detector, shards, run_dir)[0]
 
@@ -228,15 +229,16 @@ def _folds_of(detector: Detector, shards: ShardSet, run_dir: Place | None) -> li
             " trained in; give that run, or set calibration images aside"
         )
     found = _trained_folds(config, run_dir, shards, getattr(detector, "device", "cpu"))
-    return [_scored(fold, config, shards) for fold in found]
+    places = [run.place for run in fold_runs(config, run_dir, shards)]
+    return [_scored(fold, place, config, shards) for fold, place in zip(found, places, strict=True)]
 
 
-def _scored(fold: Fold, config: ExperimentConfig, shards: ShardSet) -> Fold:
-    """The fold with the config's scorer, whose own network has not seen what the fold left out."""
+def _scored(fold: Fold, place: Place, config: ExperimentConfig, shards: ShardSet) -> Fold:
+    """The fold with the config's scorer, whose own network has not seen what it left out and is kept in its place."""
     if not isinstance(fold.detector, DiffusionDetector) or fold.detector.config.scoring == config.scoring:
         return fold
     detector = fold.detector.with_scoring(config.scoring)
-    return Fold(fold.left_out, with_trained_scorer(detector, shards, without=fold.left_out))
+    return Fold(fold.left_out, with_trained_scorer(detector, shards, without=fold.left_out, keep_in=place))
 
 
 def _trained_folds(config: ExperimentConfig, run_dir: Place, shards: ShardSet, device: str) -> list[Fold]:

@@ -332,3 +332,29 @@ def test_a_head_that_is_torn_away_is_trained_again(
     again, seconds = with_timed_scorer(bare, digit_shards, keep_in=tmp_path)
     assert same(head_of(first), head_of(again))
     assert seconds > 0
+
+
+def test_methods_of_one_network_share_the_heads_of_its_folds(
+    tiny_config: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config.override(
+        {"data.calibration_fraction": 0, "data.max_train_images": 4, "data.max_test_images": 10,
+         "cross_fitting.folds": 2, "training.num_steps": 2}
+    )  # fmt: skip
+    shards, run = write_shards(config.data, str(tmp_path / "shards")), tmp_path / "run"
+    trained = fit_locally(config, run, shards)
+    assert isinstance(trained, DiffusionDetector)
+    made = []
+
+    def counted(*given: Any, **more: Any) -> Any:
+        made.append(more["without"])
+        return planted_examples(*given, **more)
+
+    monkeypatch.setattr("raydiff.heads.planted_examples", counted)
+    for combine in ("mean", "max"):
+        bare = trained.with_scoring(component_options("scorers", {**SCORING, "num_steps": 2, "combine": combine}))
+        found = calibrated(with_trained_scorer(bare, shards, keep_in=run), shards, run_dir=run)
+        assert isinstance(found, DiffusionDetector)
+        assert found.calibration is not None
+    assert [len(left_out) for left_out in made] == [0, 2, 2]
+    assert [without_of(run / "folds" / fold) for fold in ("0", "1")] == [sorted(left_out) for left_out in made[1:]]
