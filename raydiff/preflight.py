@@ -158,7 +158,7 @@ def _draws_maps(cell: Cell, num_classes: int) -> bool:
             return detector.score(images[:1]).map is not None
         scorer: Scorer = registry.build("scorers", cell.config.scoring)
         if isinstance(scorer, TrainedScorer):
-            return True
+            return build_space(cell.config).shape[-2:] != (1, 1)
         model = Diffusion(
             denoiser=_Halved(), schedule=schedule_of(cell.config),
             prediction_type=cell.config.objective.prediction_type, seed=0,

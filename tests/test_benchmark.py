@@ -291,6 +291,10 @@ METHOD = TINY["methods"]["errors"]
 CONTRAST = {"methods": {"turns": {"training": "unet", "scoring": "contrast"}}}
 PATCHES = {"methods": {"patches": {"baseline": {"name": "patch_knn", "weights": "gone.pth"}}}}
 NO_MAPS = {"methods": {"near": {"baseline": "knn"}}}
+ONE_CELL = {
+    "trainings": {"whole": {"space": {"name": "rotnet", "num_steps": 1}, "denoiser": {"name": "convnet", "width": 8}}},
+    "methods": {"head": {"training": "whole", "scoring": {"name": "discriminative", "num_steps": 1}}},
+}
 
 
 @pytest.mark.parametrize(
@@ -319,6 +323,11 @@ NO_MAPS = {"methods": {"near": {"baseline": "knn"}}}
             {"masks": "torn whole", "metrics": ["aupro"]} | NO_MAPS,
             ConfigError,
             "needs anomaly maps, and no method on .* draws any \\(near\\)",
+        ),
+        (
+            {"masks": "torn whole", "metrics": ["aupro"]} | ONE_CELL,
+            ConfigError,
+            "needs anomaly maps, and no method on .* draws any \\(head\\)",
         ),
         ({"methods": {"near": METHOD | {"resources": {"num_gpus": 64}}}}, ConfigError, "ask for 64 GPU"),
     ],
