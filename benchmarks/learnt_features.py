@@ -5,7 +5,7 @@
 Each ``BENCHMARK`` is the output folder of ``raydiff benchmark examples/suites/cifar10.yaml``. For every training in
 space ``rotnet`` that lies there, kNN, Isolation Forest, OCSVM and COPOD learn what that space makes of the training
 images and score what it makes of the test images; the diffusion's rows are those of the benchmark, the same images in
-the same order. Differences: over classes, seeds and images, paired.
+the same order. Differences, to these and to every other method in the folders: over classes, seeds and images, paired.
 """
 
 from __future__ import annotations
@@ -39,15 +39,14 @@ def encoded(detector: DiffusionDetector, shards: ShardSet) -> tuple[Tensor, Tens
     return detector.encode(training_images(detector.config, shards, 10_000)), torch.cat(test)
 
 
-def diffusion_rows(folders: list[Path]) -> dict[str, dict[Key, Predictions]]:
-    """Of the benchmarks, by method, class and seed: what the diffusion made of each test image."""
+def rows_of(folders: list[Path]) -> dict[str, dict[Key, Predictions]]:
+    """Of the benchmarks, by method, class and seed: what was made of each test image."""
     found: dict[str, dict[Key, Predictions]] = defaultdict(dict)
     for folder in folders:
         for evaluation in load_evaluations(folder / "results.jsonl"):
             row = evaluation.rows[0]
-            if row.detector.startswith("learnt features"):
-                predictions, _ = read_predictions(folder / "predictions" / f"{row.run}.parquet")
-                found[row.detector][row.category, row.seed] = predictions
+            predictions, _ = read_predictions(folder / "predictions" / f"{row.run}.parquet")
+            found[row.detector][row.category, row.seed] = predictions
     return found
 
 
@@ -57,7 +56,8 @@ def main() -> None:
     folders: list[Path] = parser.parse_args().benchmarks
     torch.set_num_threads(1)
     print(f"{hardware('cpu')}; commit {source_commit()}\n", flush=True)
-    ours = diffusion_rows(folders)
+    every = rows_of(folders)
+    ours = {name: rows for name, rows in every.items() if name.startswith("learnt features")}
     classics: dict[str, dict[Key, NDArray[np.float64]]] = defaultdict(dict)
     for place in sorted(path for folder in folders for path in folder.glob("trainings/*/artifact")):
         detector = load_detector(place)
@@ -76,8 +76,9 @@ def main() -> None:
         found |= {name: rows[key] for name, rows in classics.items()}
         values = ", ".join(f"{name} {roc_auc_score(labels, scores):.3f}" for name, scores in found.items())
         print(f"{key[0]} seed {key[1]}: {values}", flush=True)
+    others = {name: {key: one.scores for key, one in rows.items()} for name, rows in every.items() if name not in ours}
     for method, rows in ours.items():
-        for name, theirs in classics.items():
+        for name, theirs in ({f"{name}, same features": rows for name, rows in classics.items()} | others).items():
             print(f"\n{method} minus {name}: {differences(rows, theirs)}")
 
 

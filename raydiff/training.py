@@ -103,12 +103,7 @@ def train(
     started = time.monotonic()
     whole = {"num_classes": num_classes, **(provenance or {})}
     loop = _Loop(config, runtime, num_classes, whole, space_state, teacher, weights or Weights())
-    with runtime.latest() as checkpoint:
-        if checkpoint is not None:
-            loop.resume(checkpoint)
-    runtime.report({"step": loop.step, "resumed": True})
-    if loop.left_out:
-        runtime.report({"step": loop.step, **loop.left_out})
+    loop.begin()
     first, settings = loop.step, config.training
     metrics: dict[str, Any] = {}
     busy, since = 0.0, first  # seconds spent training, and the step they count from
@@ -291,11 +286,9 @@ class _Loop:
         for index, values in self.optimiser.state_dict()["state"].items():
             state |= {f"optimiser.{index}.{k}": torch.as_tensor(v) for k, v in values.items()}
         position = {
-            "step": self.step,
-            "digest": self.config.digest(),
-            "data_digest": self.whole_data_digest,
+            "step": self.step, "digest": self.config.digest(), "data_digest": self.whole_data_digest,
             "num_train_images": self.provenance.get("num_train_images"),
-        }
+        }  # fmt: skip
         extra = {"training.safetensors": encode_tensors(state), "training.json": encode_json(position)}
         write_folder(path, "checkpoint", detector.files() | extra)
 
@@ -322,6 +315,15 @@ class _Loop:
             return counted
         done = self.step * self.config.training.batch_size
         return counted | {"repeated_at_most": min(done % before, now - done % now)}
+
+    def begin(self) -> None:
+        """Take over the newest checkpoint, if there is one, and report where that is; raises as :meth:`resume`."""
+        with self.runtime.latest() as checkpoint:
+            if checkpoint is not None:
+                self.resume(checkpoint)
+        self.runtime.report({"step": self.step, "resumed": True})
+        if left := self.left_out:
+            self.runtime.report({"step": self.step, **left})
 
     def resume(self, path: Path) -> None:
         """Take over a checkpoint's state. The shards that were left out then may be others than now.

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from raydiff.artifact import read_folder
 from raydiff.config import ExperimentConfig
@@ -19,21 +16,10 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600
 
 
 @pytest.fixture
-def config(tiny_config: ExperimentConfig, tmp_path: Path) -> ExperimentConfig:
-    """Two workers, digits in the features of a small network, three views of each."""
-    import timm
-
-    path = tmp_path / "tiny.safetensors"
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        save_file(timm.create_model("test_efficientnet").state_dict(), path)
-    space: dict[str, Any] = {
-        "name": "feature", "backbone": "test_efficientnet", "weights": str(path), "levels": [0, 1], "grid": [4, 4],
-        "num_components": 6, "num_fit_images": 40,
-    }  # fmt: skip
-    network = {"name": "convnet", "width": 16, "num_blocks": 2, "kernel_size": 3}
+def config(feature_config: ExperimentConfig) -> ExperimentConfig:
+    """Two workers, three views of each digit."""
     views = {"augmentation.shift": 0.1, "augmentation.views": 3}
-    return tiny_config.override({"space": space, "denoiser": network, "execution.num_workers": 2, **views})
+    return feature_config.override({"execution.num_workers": 2, **views})
 
 
 def weights(path: Path) -> bytes:
