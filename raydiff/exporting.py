@@ -213,7 +213,7 @@ def _metadata(detector: DiffusionDetector, format: Format) -> dict[str, Any]:  #
         "pretrained": detector.pretrained,
         "input": {
             "type": "uint8", "shape": ["batch", *data.image_size, data.channels], "channels": "RGB or grey",
-            "resize": data.resize, "max_pixels": data.max_pixels,
+            "resize": data.resize, "aligned_width": detector.image_spec.aligned_width, "max_pixels": data.max_pixels,
         },
         "threshold": detector.calibration.threshold.value,
         "tolerance": TOLERANCE,

@@ -35,11 +35,12 @@ from PIL import (
 from torch import Tensor
 
 from raydiff.errors import DataError, ShapeError
+from raydiff.placement import ImageSpec, Placement, place
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from raydiff.config import DataConfig, ExperimentConfig
+    from raydiff.config import ExperimentConfig
 
 __all__ = [
     "SUFFIXES",
@@ -54,7 +55,6 @@ __all__ = [
     "fitted",
     "images_in",
     "images_per_batch",
-    "placement",
     "shrunk",
     "to_tensor",
     "to_uint8",
@@ -92,35 +92,18 @@ class ImageError(DataError):
 
 
 @dataclass(frozen=True)
-class ImageSpec:
-    """The pixels a detector works on, and how any file is brought to them.
-
-    ``image_size`` is (H, W); ``channels`` 1 or 3. ``resize``: ``stretch`` ignores the aspect ratio, ``pad`` keeps it
-    and repeats the edge pixels around the image, ``own`` does too and never enlarges: what fits is left at its own
-    resolution; ``strict`` refuses another size or channel count. A file with more
-    than ``max_pixels`` is refused before it is decoded.
-    """
-
-    image_size: tuple[int, int]
-    channels: Literal[1, 3] = 3
-    resize: Literal["stretch", "pad", "own", "strict"] = "stretch"
-    max_pixels: int = 64_000_000
-
-    @classmethod
-    def of(cls, data: DataConfig) -> ImageSpec:
-        """The spec of an experiment's ``data`` section."""
-        return cls(data.image_size, data.channels, data.resize, data.max_pixels)
-
-
-@dataclass(frozen=True)
 class DecodedImage:
-    """``pixels`` uint8 (H, W, C) at the spec's size; the rest describes the file: ``height`` and ``width`` upright."""
+    """``pixels`` uint8 (H, W, C) at the spec's size, and where the file's lie on them; ``channels`` are the file's."""
 
     pixels: NDArray[np.uint8]
     format: str
-    height: int
-    width: int
+    placement: Placement
     channels: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the file's image, upright."""
+        return self.placement.height, self.placement.width
 
 
 def decode(data: bytes, spec: ImageSpec, name: str) -> NDArray[np.uint8]:
@@ -144,7 +127,9 @@ def decode(data: bytes, spec: ImageSpec, name: str) -> NDArray[np.uint8]:
 def decode_file(data: bytes, spec: ImageSpec, name: str) -> DecodedImage:
     """:func:`decode`, with what the file was like before it was fitted to the spec."""
     image, kind = _load(data, spec, name)
-    return DecodedImage(fitted(image, spec, name), kind, image.height, image.width, 1 if image.mode == "L" else 3)
+    channels = 1 if image.mode == "L" else 3
+    pixels, placement = _fitted(image, spec, name)
+    return DecodedImage(pixels, kind, placement, channels)
 
 
 def fitted(image: Image.Image, spec: ImageSpec, name: str) -> NDArray[np.uint8]:
@@ -153,51 +138,42 @@ def fitted(image: Image.Image, spec: ImageSpec, name: str) -> NDArray[np.uint8]:
     Raises:
         ImageError: too many pixels, or, with ``resize="strict"``, another size or channel count.
     """
-    _check_size(image, spec, name)
-    channels = 1 if image.mode == "L" else 3
-    if spec.resize == "strict" and ((image.height, image.width) != spec.image_size or channels != spec.channels):
-        raise ImageError(
-            f"{name}: is {image.height} x {image.width} with {channels} channel(s); data.resize: strict expects "
-            f"{spec.image_size[0]} x {spec.image_size[1]} with {spec.channels}; set data.resize to stretch or pad, or "
-            f"data.image_size and data.channels to what the images have",
-            "size",
-        )
-    plain = _in_mode(image, "L" if spec.channels == 1 else "RGB")
-    return _fit(plain, spec, Image.Resampling.BICUBIC).reshape(*spec.image_size, spec.channels)
+    return _fitted(image, spec, name)[0]
 
 
-def decode_mask(
-    data: bytes, spec: ImageSpec, name: str, *, expected_size: tuple[int, int] | None = None
-) -> NDArray[np.bool_]:
+def decode_mask(data: bytes, spec: ImageSpec, name: str, *, image: DecodedImage | None = None) -> NDArray[np.bool_]:
     """A ground-truth mask, (H, W): True above one half; fitted like its image, but by nearest neighbour.
 
     Args:
         data: the mask's file.
         spec: the spec of the images; padding is False.
         name: what error messages call the mask.
-        expected_size: (height, width) of the image's file, which the mask must share.
+        image: what the mask is of, which must be as large, and by which it is placed; needed where parts are aligned.
 
     Raises:
         DataError: as :func:`decode`; another size than its image; or nothing in it exceeds one half although it is not
             all zero (written as 0 and 1, say).
     """
-    image, _ = _load(data, spec, name)
-    size = (image.height, image.width)
-    if expected_size is not None and size != expected_size:
+    mask, _ = _load(data, spec, name)
+    size = (mask.height, mask.width)
+    if image is not None and size != image.size:
         raise DataError(
-            f"{name}: the mask is {size[0]} x {size[1]} and its image {expected_size[0]} x {expected_size[1]}; "
+            f"{name}: the mask is {size[0]} x {size[1]} and its image {image.size[0]} x {image.size[1]}; "
             f"make them the same size"
         )
+    if image is None and spec.aligned_width is not None:
+        raise DataError(f"{name}: a mask is turned as its image is, and there is none; give the image too")
     if spec.resize == "strict" and size != spec.image_size:
         raise DataError(
             f"{name}: is {size[0]} x {size[1]}; data.resize: strict expects {spec.image_size[0]} x "
             f"{spec.image_size[1]}; set data.resize to stretch or pad"
         )
-    grey = image.convert("L")
+    grey = mask.convert("L")
     brightest = int(np.asarray(grey).max())
     if 0 < brightest < 128:
         raise DataError(f"{name}: the brightest mask value is {brightest} of 255; write masks as 0 and 255")
-    return _fit(grey, spec, Image.Resampling.NEAREST) > 127
+    placement = place(spec, grey) if image is None else image.placement
+    return placement.fitted(grey, spec.image_size, mask=True) > 127
 
 
 def encode_png(pixels: NDArray[np.uint8] | NDArray[np.bool_]) -> bytes:
@@ -255,18 +231,6 @@ def to_uint8(images: Tensor) -> NDArray[np.uint8]:
     scaled = images.detach().float().add(1.0).mul(127.5).round().clamp(0, 255)
     array: NDArray[np.uint8] = scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return array
-
-
-def placement(spec: ImageSpec, height: int, width: int) -> tuple[int, int, int, int]:
-    """Where an upright image of ``height`` x ``width`` lies on the spec's canvas: (top, left, height, width)."""
-    rows, columns = spec.image_size
-    if spec.resize not in ("pad", "own"):
-        return 0, 0, rows, columns
-    scale = min(rows / height, columns / width)
-    if spec.resize == "own":
-        scale = min(scale, 1.0)
-    inner = (min(rows, max(1, round(height * scale))), min(columns, max(1, round(width * scale))))
-    return (rows - inner[0]) // 2, (columns - inner[1]) // 2, *inner
 
 
 def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -384,17 +348,17 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _fit(image: Image.Image, spec: ImageSpec, resample: Image.Resampling) -> NDArray[np.uint8]:
-    """(H, W) or (H, W, 3) at the spec's size; padding repeats the edge, or is 0 for nearest neighbour (masks)."""
-    height, width = spec.image_size
-    top, left, *inner_sides = placement(spec, image.height, image.width)
-    inner = (inner_sides[0], inner_sides[1])
-    if (image.height, image.width) != inner:
-        image = image.resize((inner[1], inner[0]), resample)
-    pixels: NDArray[np.uint8] = np.asarray(image)
-    if inner == (height, width):
-        return pixels
-    margins = [(top, height - inner[0] - top), (left, width - inner[1] - left), (0, 0)][: pixels.ndim]
-    if resample is Image.Resampling.NEAREST:
-        return np.pad(pixels, margins)
-    return np.pad(pixels, margins, mode="edge")
+def _fitted(image: Image.Image, spec: ImageSpec, name: str) -> tuple[NDArray[np.uint8], Placement]:
+    """:func:`fitted`, and how."""
+    _check_size(image, spec, name)
+    channels = 1 if image.mode == "L" else 3
+    if spec.resize == "strict" and ((image.height, image.width) != spec.image_size or channels != spec.channels):
+        raise ImageError(
+            f"{name}: is {image.height} x {image.width} with {channels} channel(s); data.resize: strict expects "
+            f"{spec.image_size[0]} x {spec.image_size[1]} with {spec.channels}; set data.resize to stretch or pad, or "
+            f"data.image_size and data.channels to what the images have",
+            "size",
+        )
+    plain = _in_mode(image, "L" if spec.channels == 1 else "RGB")
+    placement = place(spec, plain)
+    return placement.fitted(plain, spec.image_size).reshape(*spec.image_size, spec.channels), placement

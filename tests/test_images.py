@@ -21,11 +21,11 @@ from raydiff.images import (
     encode_png,
     find_images,
     images_in,
-    placement,
     shrunk,
     to_tensor,
     to_uint8,
 )
+from raydiff.placement import place
 
 Pixels = NDArray[np.uint8]
 
@@ -67,7 +67,7 @@ def test_lossy_formats_come_near(kind: str) -> None:
 
 def test_the_file_is_described_as_it_was() -> None:
     decoded = decode_file(file_of(picture()[:, :, 0]), spec(10, 10), "a")
-    assert (decoded.format, decoded.height, decoded.width, decoded.channels) == ("png", 40, 50, 1)
+    assert (decoded.format, decoded.size, decoded.channels) == ("png", (40, 50), 1)
     assert decoded.pixels.shape == (10, 10, 3)
 
 
@@ -122,8 +122,8 @@ def test_garbled_bytes_never_raise_anything_else(kind: str) -> None:
     content = file_of(picture(), kind)
     for _ in range(200):
         garbled = bytearray(content)
-        for place in rng.integers(0, len(content), 3):
-            garbled[place] = rng.integers(0, 256)
+        for position in rng.integers(0, len(content), 3):
+            garbled[position] = rng.integers(0, 256)
         try:
             assert decode(bytes(garbled), spec(40, 50, max_pixels=10_000), "a").shape == (40, 50, 3)
         except DataError as error:
@@ -147,7 +147,7 @@ def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
     back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # Image.Transpose that makes it upright
     upright = stored if orientation == 1 else stored.transpose(Image.Transpose(back[orientation]))
     decoded = decode_file(content, spec(upright.height, upright.width), "a")
-    assert (decoded.height, decoded.width) == (upright.height, upright.width)
+    assert decoded.size == (upright.height, upright.width)
     assert np.abs(decoded.pixels.astype(int) - np.asarray(upright)).mean() < 8
 
 
@@ -229,13 +229,18 @@ def test_pictures_to_look_at_are_shrunk() -> None:
     assert np.argwhere(shrunk(mask, 40)).tolist() == [[23, 33]]
 
 
+def placed(spec: ImageSpec, height: int, width: int) -> tuple[int, int, int, int]:
+    found = place(spec, Image.new("RGB", (width, height)))
+    return found.top, found.left, found.rows, found.columns
+
+
 def test_own_keeps_the_resolution_of_what_fits() -> None:
     own = spec(40, 60, 3, "own")
     small = picture(20, 30)
     padded = decode(file_of(small), own, "a")
     assert np.array_equal(padded[10:30, 15:45], small)
-    assert placement(own, 20, 30) == (10, 15, 20, 30)
-    assert placement(own, 80, 60) == placement(spec(40, 60, 3, "pad"), 80, 60) == (0, 15, 40, 30)
+    assert placed(own, 20, 30) == (10, 15, 20, 30)
+    assert placed(own, 80, 60) == placed(spec(40, 60, 3, "pad"), 80, 60) == (0, 15, 40, 30)
     assert decode_mask(file_of(np.full((20, 30), 255, np.uint8)), own, "m").sum() == 600
 
 
@@ -278,7 +283,10 @@ def test_mask_of_zeros_and_ones_is_refused() -> None:
 
 def test_mask_of_another_size_is_refused() -> None:
     with pytest.raises(DataError, match=r"^m: the mask is 4 x 4 and its image 8 x 8; make them the same size"):
-        decode_mask(file_of(np.zeros((4, 4), dtype=np.uint8)), spec(4, 4), "m", expected_size=(8, 8))
+        decode_mask(
+            file_of(np.zeros((4, 4), dtype=np.uint8)), spec(4, 4), "m",
+            image=decode_file(file_of(picture(8, 8)), spec(4, 4), "a"),
+        )  # fmt: skip
     with pytest.raises(DataError, match=r"^m: is 4 x 4; data.resize: strict expects 8 x 8"):
         decode_mask(file_of(np.zeros((4, 4), dtype=np.uint8)), spec(8, 8, 3, "strict"), "m")
 
@@ -341,14 +349,14 @@ def test_find_images_says_what_is_missing(tmp_path: Path) -> None:
 
 def test_placement_is_where_the_pixels_come_to_lie() -> None:
     for height, width in ((10, 40), (40, 10), (7, 9), (30, 30), (1, 99)):
-        top, left, rows, columns = placement(spec(16, 24, 1, "pad"), height, width)
+        top, left, rows, columns = placed(spec(16, 24, 1, "pad"), height, width)
         white = decode(file_of(np.full((height, width), 255, np.uint8)), spec(16, 24, 1, "pad"), "a")
         assert white.all()
         assert 0 <= top <= top + rows <= 16
         assert 0 <= left <= left + columns <= 24
         assert 16 - rows in (2 * top, 2 * top + 1)
         assert rows == 16 or columns == 24
-        assert placement(spec(16, 24), height, width) == (0, 0, 16, 24)
+        assert placed(spec(16, 24), height, width) == (0, 0, 16, 24)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,17 @@ class DataConfig(Section):
         description="how an image of another size is fitted; pad: scaled, and its edges repeated around it; own: as"
         " pad, but never enlarged, so that images of many sizes keep their own resolution; strict refuses it",
     )
+    align: Literal["none", "principal_axis"] = Field(
+        "none",
+        description="principal_axis: the part that stands out of the background is turned level, its heavier end left,"
+        " and shown in the middle; for long parts that lie at any angle",
+        json_schema_extra=WHERE_SET,
+    )
+    aligned_width: float = Field(
+        1.0, gt=0, le=4, description="of an aligned part: what image_size's width shows, as a share of the image's"
+        " longer side",
+        json_schema_extra=WHERE_SET,
+    )  # fmt: skip
     calibration_fraction: float = Field(
         0.25,
         ge=0,
@@ -109,6 +120,13 @@ class DataConfig(Section):
                 f"grids_dtype is {self.grids_dtype} and grids is not set, so nothing is kept; set data.grids to"
                 " run, a folder or s3://..., or leave data.grids_dtype out"
             )
+        if self.align != "none" and self.resize != "stretch":
+            raise ValueError(
+                f"align is {self.align} and resize {self.resize}; an aligned part is scaled by aligned_width alone,"
+                " so leave data.resize out"
+            )
+        if self.align == "none" and self.aligned_width != 1.0:
+            raise ValueError(f"aligned_width is {self.aligned_width} and align none; set data.align to principal_axis")
         if min(self.image_size) < 1:
             raise ValueError(f"image_size is {self.image_size}; both sides must be at least 1")
         return self

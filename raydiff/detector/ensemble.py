@@ -65,6 +65,11 @@ class EnsembleDetector(Detector):
         largest = max(members, key=lambda member: np.prod(member.config.data.image_size))
         sizes = {member.config.data.image_size for member in members}
         resizes = {member.config.data.resize for member in members}
+        if len({member.image_spec.aligned_width for member in members}) > 1:
+            raise ConfigError(
+                "data.align or data.aligned_width differs between these runs; an ensemble's members must see the same"
+                " part of an image: train them with the same two"
+            )
         if len(resizes) > 1 or (len(sizes) > 1 and resizes == {"own"}):
             raise ConfigError(
                 f"data.resize is {' and '.join(sorted(resizes))} in these runs; an ensemble's members must fit images"

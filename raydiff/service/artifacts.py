@@ -136,7 +136,7 @@ def describe(artifact: LoadedArtifact, *, num_bins: int = 40) -> dict[str, Any]:
         "model_bytes": detector.model_bytes,
         "image": {
             "height": spec.image_size[0], "width": spec.image_size[1], "channels": spec.channels,
-            "resize": spec.resize, "max_pixels": spec.max_pixels,
+            "resize": spec.resize, "aligned_width": spec.aligned_width, "max_pixels": spec.max_pixels,
         },
         "has_maps": artifact.scale is not None,
         "has_reconstruction": artifact.has_reconstruction,

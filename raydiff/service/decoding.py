@@ -48,7 +48,7 @@ class Limits:
 class ReceivedImage:
     """An image that was decoded for a detector; ``data`` is kept for a detector that works at another size.
 
-    ``digest`` is the SHA-256 of ``data`` (hex); ``image.height`` and ``image.width`` are the upright original's;
+    ``digest`` is the SHA-256 of ``data`` (hex); ``image.size`` is the upright original's;
     ``decode_ms`` is how long checking and decoding took.
     """
 

@@ -11,20 +11,24 @@ is at the bottom and twice the threshold at the top.
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from raydiff.heatmap import blend, enlarge, layer
-from raydiff.images import ImageSpec, placement
+from raydiff.images import decode
+from raydiff.placement import Placement
 from raydiff.service.decoding import ReceivedImage
 
 __all__ = ["MAX_BOXES", "Box", "HeatScale", "Pictures", "draw", "find_boxes"]
 
 MAX_BOXES = 100
 """Boxes in one answer, the highest peaks first."""
+
+_LONGEST = 1024
+"""Longest side in pixels of pictures of images whose parts were turned."""
 
 
 @dataclass(frozen=True)
@@ -75,45 +79,36 @@ class Pictures:
 
 
 def find_boxes(
-    anomaly_map: NDArray[np.floating], mask: NDArray[np.bool_], spec: ImageSpec, height: int, width: int
+    anomaly_map: NDArray[np.floating], mask: NDArray[np.bool_], placement: Placement
 ) -> tuple[list[Box], int]:
     """Connected regions of ``mask`` (H, W; corners touch), highest peak first, and how many there are.
 
     Args:
         anomaly_map: (H, W), raw.
         mask: where it counts as anomalous.
-        spec: how the image was fitted to (H, W); what lies in the padding is left out.
-        height: of the upright original.
-        width: of the upright original.
+        placement: how the image was fitted to (H, W); what lies in the padding is left out.
 
     Returns:
         At most :data:`MAX_BOXES` boxes, and the number of regions.
     """
     from scipy import ndimage
 
-    top, left, rows, columns = placement(spec, height, width)
-    inside = mask[top : top + rows, left : left + columns]
-    values = anomaly_map[top : top + rows, left : left + columns].astype(np.float64)
+    inside = mask[placement.inside]
+    values = anomaly_map[placement.inside].astype(np.float64)
     labels, count = ndimage.label(inside, structure=np.ones((3, 3), bool))
     if not count:
         return [], 0
     numbers = np.arange(1, count + 1)
     peaks = np.asarray(ndimage.maximum(values, labels, numbers))
-    areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
+    areas = np.bincount(labels.ravel(), minlength=count + 1)[1:] * placement.pixel_area
     slices = ndimage.find_objects(labels)
-    order = np.argsort(-peaks, kind="stable")[:MAX_BOXES]
     boxes = []
-    for i in order:
-        y, bottom = _stretched(slices[i][0], height, rows)
-        x, right = _stretched(slices[i][1], width, columns)
-        area = float(areas[i]) * (height / rows) * (width / columns)
-        boxes.append(Box(x, y, right - x, bottom - y, float(peaks[i]), area))
+    for i in np.argsort(-peaks, kind="stable")[:MAX_BOXES]:
+        part = slices[i]
+        place = placement.box(labels[part] == i + 1, part[0].start, part[1].start)
+        if place is not None:
+            boxes.append(Box(*place, float(peaks[i]), float(areas[i])))
     return boxes, count
-
-
-def _stretched(part: slice, original: int, fitted: int) -> tuple[int, int]:
-    """The least range of whole pixels of the original that covers ``part``."""
-    return part.start * original // fitted, -(-part.stop * original // fitted)
 
 
 def draw(
@@ -130,13 +125,33 @@ def draw(
         scale: of the colours; without one there is no heat map.
         reconstruction: uint8 (H, W, C).
     """
-    top, left, rows, columns = placement(received.spec, received.image.height, received.image.width)
-    part = np.s_[top : top + rows, left : left + columns]
-    rebuilt = None if reconstruction is None else _png(reconstruction[part])
-    if anomaly_map is None or scale is None:
+    placement = received.image.placement
+    level = None if anomaly_map is None or scale is None else scale.level(anomaly_map[placement.inside])
+    if placement.pose is not None:
+        return _draw_turned(received, level, reconstruction)
+    rebuilt = None if reconstruction is None else _png(reconstruction[placement.inside])
+    if level is None:
         return Pictures(reconstruction=rebuilt)
-    level = scale.level(anomaly_map[part])
-    return Pictures(_png(blend(received.image.pixels[part], level)), _png(layer(level)), rebuilt)
+    return Pictures(_png(blend(received.image.pixels[placement.inside], level)), _png(layer(level)), rebuilt)
+
+
+def _draw_turned(
+    received: ReceivedImage, level: NDArray[np.float64] | None, reconstruction: NDArray[np.uint8] | None
+) -> Pictures:
+    """Of an image whose part was turned: turned back, on the whole original; beyond the canvas there is no colour."""
+    placement, spec = received.image.placement, received.spec
+    scale = min(placement.scale, _LONGEST / max(placement.height, placement.width))
+    size = (max(1, round(placement.height * scale)), max(1, round(placement.width * scale)))
+    original = decode(received.data, replace(spec, image_size=size, resize="stretch", aligned_width=None), "image")
+    heat_map = heat_layer = rebuilt = None
+    if level is not None:
+        turned = placement.back(level[..., None], size)[..., 0]
+        heat_map, heat_layer = _png(blend(original, turned)), _png(layer(turned))
+    if reconstruction is not None:
+        turned = placement.back(reconstruction.astype(np.float64), size)
+        joined = np.where(turned[..., -1:] > 0, turned[..., :-1], original)
+        rebuilt = _png(np.round(joined).clip(0, 255).astype(np.uint8))
+    return Pictures(heat_map, heat_layer, rebuilt)
 
 
 def _png(pixels: NDArray[np.uint8]) -> bytes:

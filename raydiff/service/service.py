@@ -344,7 +344,7 @@ def _explain(
     count = 0
     if values is not None and prediction.pred_mask is not None:
         mask = prediction.pred_mask[i, 0].cpu().numpy()
-        boxes, count = find_boxes(values, mask, received.spec, received.image.height, received.image.width)
+        boxes, count = find_boxes(values, mask, received.image.placement)
     return Explanation(tuple(boxes), count, live.scale, draw(received, values, live.scale, reconstruction))
 
 
@@ -370,8 +370,8 @@ def _answer(
         artifact_id=live.artifact_id,
         image=received.digest,
         format=received.image.format,
-        height=received.image.height,
-        width=received.image.width,
+        height=received.image.size[0],
+        width=received.image.size[1],
         batch_size=batch_size,
         timing_ms=timing,
         explanation=None if explained is None else explained[0],

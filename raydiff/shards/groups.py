@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from raydiff.contracts import Split
 from raydiff.errors import DataError
-from raydiff.images import ImageSpec, decode
+from raydiff.images import DecodedImage, ImageSpec, decode_file
 from raydiff.shards.integrity import REMEDY, SKIP, fault_of
 from raydiff.shards.layout import ShardRecord
 from raydiff.storage import Storage
@@ -49,13 +49,21 @@ class StoredImage:
             DataError: the file cannot be decoded to the spec, or raw pixels are of another size.
         """
         if self.format != "raw":
-            return decode(bytes(self.content), spec, self.image_id)
+            return self.decoded(spec).pixels
         if self.shape != (*spec.image_size, spec.channels):
             raise DataError(
                 f"{self.image_id}: the shard holds raw pixels of {_size(self.shape)}, the config asks for "
                 f"{_size((*spec.image_size, spec.channels))}; {REMEDY}, or use data.shard_format: encoded"
             )
         return np.frombuffer(self.content, np.uint8).reshape(self.shape)
+
+    def decoded(self, spec: ImageSpec) -> DecodedImage:
+        """The file's image at the spec's size; of raw pixels there is no file.
+
+        Raises:
+            DataError: it cannot be decoded to the spec.
+        """
+        return decode_file(bytes(self.content), spec, self.image_id)
 
 
 class GroupReader:

@@ -124,6 +124,7 @@ def recorded_fields(data: DataConfig) -> dict[str, Any]:
     names += [name for name, default in CHOICES.items() if dumped[name] != default]
     if data.shard_format == "raw" or data.resize == "strict":
         names += ["image_size", "channels", "resize"]
+        names += ["align", "aligned_width"] if data.align != "none" else []
     for option, field in type(data.dataset).model_fields.items():
         if field.json_schema_extra == NO_EFFECT:
             del dumped["dataset"][option]

@@ -303,12 +303,15 @@ def _decode_row(row: dict[str, Any], spec: ImageSpec, on_bad_image: Literal["err
     shape = (row["height"], row["width"], row["channels"])
     name = f"mask of {row['image_id']}"
     try:
-        pixels = StoredImage(row["image_id"], row["image"], row["format"], shape).pixels(spec)
+        stored = StoredImage(row["image_id"], row["image"], row["format"], shape)
         mask = None
+        if row["mask"] is None or row["format"] == "raw":
+            pixels = stored.pixels(spec)
+        else:
+            image = stored.decoded(spec)
+            pixels, mask = image.pixels, decode_mask(row["mask"], spec, name, image=image)
         if row["mask"] is not None and row["format"] == "raw":
             mask = np.frombuffer(row["mask"], np.uint8).reshape(shape[:2]).astype(np.bool_)
-        elif row["mask"] is not None:
-            mask = decode_mask(row["mask"], spec, name, expected_size=shape[:2])
     except DataError as error:
         if on_bad_image == "error":
             raise

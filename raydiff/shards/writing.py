@@ -164,8 +164,7 @@ def _checked_row(shard: _OpenShard, entry: Entry, dataset: Dataset, data: DataCo
 def _row(entry: Entry, image: bytes, mask: bytes | None, data: DataConfig) -> dict[str, Any]:
     spec = ImageSpec.of(data)
     decoded = decode_file(image, spec, entry.image_id)
-    size = (decoded.height, decoded.width)
-    pixels = None if mask is None else decode_mask(mask, spec, f"mask of {entry.image_id}", expected_size=size)
+    pixels = None if mask is None else decode_mask(mask, spec, f"mask of {entry.image_id}", image=decoded)
     row = {"image_id": entry.image_id, "class_name": entry.class_name, "defect": entry.defect,
            "is_anomaly": entry.is_anomaly}  # fmt: skip
     if data.shard_format == "raw":
@@ -174,7 +173,7 @@ def _row(entry: Entry, image: bytes, mask: bytes | None, data: DataConfig) -> di
         return {**row, "image": decoded.pixels.tobytes(), "mask": stored_mask, "format": "raw",
                 "height": height, "width": width, "channels": channels}  # fmt: skip
     return {**row, "image": image, "mask": mask, "format": decoded.format,
-            "height": size[0], "width": size[1], "channels": decoded.channels}  # fmt: skip
+            "height": decoded.size[0], "width": decoded.size[1], "channels": decoded.channels}  # fmt: skip
 
 
 def _compression(data: DataConfig) -> dict[str, str]:

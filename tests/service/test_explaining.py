@@ -10,8 +10,13 @@ import pytest
 from PIL import Image
 
 from raydiff.images import ImageSpec, encode_png
+from raydiff.placement import Placement, place
 from raydiff.service.decoding import ReceivedImage, receive
 from raydiff.service.explaining import MAX_BOXES, HeatScale, draw, find_boxes
+
+
+def lies(spec: ImageSpec, height: int, width: int) -> Placement:
+    return place(spec, Image.new("L", (width, height)))
 
 
 def received(height: int, width: int, spec: ImageSpec) -> ReceivedImage:
@@ -27,7 +32,7 @@ def test_boxes_are_in_the_originals_pixels_and_ordered_by_peak() -> None:
     values = np.zeros((10, 20))
     values[2:4, 3:6] = 2.0
     values[8, 18] = 5.0
-    boxes, count = find_boxes(values, values > 1, ImageSpec((10, 20), 1), 100, 400)
+    boxes, count = find_boxes(values, values > 1, lies(ImageSpec((10, 20), 1), 100, 400))
     assert count == 2
     assert [(b.x, b.y, b.width, b.height, b.peak, b.area) for b in boxes] == [
         (360, 80, 20, 10, 5.0, 200.0),
@@ -36,13 +41,13 @@ def test_boxes_are_in_the_originals_pixels_and_ordered_by_peak() -> None:
 
 
 def test_regions_that_touch_at_a_corner_are_one() -> None:
-    assert find_boxes(np.eye(5), np.eye(5, dtype=bool), ImageSpec((5, 5), 1), 5, 5)[1] == 1
+    assert find_boxes(np.eye(5), np.eye(5, dtype=bool), lies(ImageSpec((5, 5), 1), 5, 5))[1] == 1
 
 
 def test_a_box_of_a_smaller_original_covers_whole_pixels_within_it() -> None:
     values = np.zeros((10, 10))
     values[9, 4] = 1
-    [box], _ = find_boxes(values, values > 0, ImageSpec((10, 10), 1), 3, 4)
+    [box], _ = find_boxes(values, values > 0, lies(ImageSpec((10, 10), 1), 3, 4))
     assert (box.x, box.y, box.width, box.height) == (1, 2, 1, 1)
     assert box.area == pytest.approx(0.12)
 
@@ -52,13 +57,13 @@ def test_padding_is_left_out(height: int, width: int) -> None:
     """A region over the whole canvas is the whole image, and the edge of the padding is the edge of the image."""
     spec = ImageSpec((16, 16), 1, "pad")
     everywhere = np.ones((16, 16))
-    [box], count = find_boxes(everywhere, everywhere > 0, spec, height, width)
+    [box], count = find_boxes(everywhere, everywhere > 0, lies(spec, height, width))
     assert (box.x, box.y, box.width, box.height, count) == (0, 0, width, height, 1)
     assert box.area == pytest.approx(height * width)
     if width == 80:
         only_padding = np.zeros((16, 16), bool)
         only_padding[:5] = True
-        assert find_boxes(everywhere, only_padding, spec, height, width) == ([], 0)
+        assert find_boxes(everywhere, only_padding, lies(spec, height, width)) == ([], 0)
 
 
 def test_a_planted_region_is_found_where_it_was(tmp_path: Any) -> None:
@@ -69,7 +74,7 @@ def test_a_planted_region_is_found_where_it_was(tmp_path: Any) -> None:
         spec = ImageSpec((32, 32), 1, resize)  # type: ignore[arg-type]
         image = receive(encode_png(pixels), spec).image
         values = image.pixels[:, :, 0].astype(float)
-        [box], _ = find_boxes(values, values > 127, spec, image.height, image.width)
+        [box], _ = find_boxes(values, values > 127, image.placement)
         assert abs(box.x - 80) <= 4
         assert abs(box.y - 30) <= 4
         assert abs(box.width - 30) <= 8
@@ -79,13 +84,13 @@ def test_a_planted_region_is_found_where_it_was(tmp_path: Any) -> None:
 def test_many_regions_are_counted_and_the_highest_given() -> None:
     values = np.zeros((40, 40))
     values[::2, ::2] = np.arange(400).reshape(20, 20) + 1
-    boxes, count = find_boxes(values, values > 0, ImageSpec((40, 40), 1), 40, 40)
+    boxes, count = find_boxes(values, values > 0, lies(ImageSpec((40, 40), 1), 40, 40))
     assert (count, len(boxes)) == (400, MAX_BOXES)
     assert [box.peak for box in boxes] == list(range(400, 300, -1))
 
 
 def test_no_region() -> None:
-    assert find_boxes(np.ones((4, 4)), np.zeros((4, 4), bool), ImageSpec((4, 4), 1), 4, 4) == ([], 0)
+    assert find_boxes(np.ones((4, 4)), np.zeros((4, 4), bool), lies(ImageSpec((4, 4), 1), 4, 4)) == ([], 0)
 
 
 @pytest.mark.parametrize("threshold", [3.0, -2.0, 0.0])

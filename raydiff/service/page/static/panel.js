@@ -20,7 +20,8 @@ export function showModel(model) {
     ["Detector", model.detector + (model.pretrained ? ` on ${model.pretrained}` : "")],
     ["Artefact", make("code", {}, model.artifact_id)],
     ["Training data", trainingData(model)],
-    ["Takes", `${image.width} × ${image.height}, ${image.channels === 1 ? "grey" : "RGB"}; ${FITTED[image.resize]}`],
+    ["Takes", `${image.width} × ${image.height}, ${image.channels === 1 ? "grey" : "RGB"}; ${
+      image.aligned_width ? "the part is turned level and centred" : FITTED[image.resize]}`],
     ["Threshold", `${number(calibration.threshold.value)}: ${calibration.rule}`],
     ...measured(model.metrics),
     ...(model.num_replicas === undefined ? [] : [["Replicas", `${model.num_replicas}`]]),

@@ -1,0 +1,248 @@
+"""Parts at any angle, turned level: drawn nails, whose pose is known."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from pydantic import ValidationError
+
+from raydiff.config import DataConfig, ExperimentConfig, component_options
+from raydiff.ensembling import ensemble_of
+from raydiff.errors import ConfigError, DataError
+from raydiff.evaluation import evaluate
+from raydiff.fitting import calibrated, fit_baseline
+from raydiff.images import decode, decode_file, decode_mask, encode_png
+from raydiff.placement import ImageSpec, find_part, place
+from raydiff.service.decoding import receive
+from raydiff.service.explaining import HeatScale, draw, find_boxes
+from raydiff.shards import write_shards
+
+SIDE = 128
+CANVAS = ImageSpec((64, 128), 1, aligned_width=1.0)
+
+
+def spot(angle: float, row: float, column: float, along: float, across: float = 0.0) -> tuple[float, float]:
+    """Column and row of a place of the nail, ``along`` pixels from its middle towards the tip."""
+    return (
+        column + along * math.cos(angle) - across * math.sin(angle),
+        row + along * math.sin(angle) + across * math.cos(angle),
+    )
+
+
+def nail(
+    angle: float = 0.0, row: float = 63.5, column: float = 63.5, *, length: float = 80, mark: float | None = None,
+    side: int = SIDE, light: int = 0,
+) -> Image.Image:  # fmt: skip
+    """A dark nail on a light ground, its head at the end where ``angle`` does not point; drawn four times as large."""
+    image = Image.new("L", (4 * side, 4 * side), 200 + light)
+    pen = ImageDraw.Draw(image)
+    end = length / 2
+
+    def polygon(corners: list[tuple[float, float]], grey: int) -> None:
+        placed = [spot(angle, row, column, along, across) for along, across in corners]
+        pen.polygon([(4 * x + 2, 4 * y + 2) for x, y in placed], fill=grey)
+
+    polygon([(-end, -4), (end - 8, -4), (end, 0), (end - 8, 4), (-end, 4)], 60 + light)
+    polygon([(-end, -12), (-end + 8, -12), (-end + 8, 12), (-end, 12)], 60 + light)
+    if mark is not None:
+        polygon([(mark - 3, -3), (mark + 3, -3), (mark + 3, 3), (mark - 3, 3)], 140)
+    return image.resize((side, side), Image.Resampling.BOX)
+
+
+def file_of(image: Image.Image) -> bytes:
+    return encode_png(np.asarray(image))
+
+
+def far(one: NDArray[Any], other: NDArray[Any]) -> float:
+    """Mean difference of pixels, over the contrast of a nail."""
+    return float(np.abs(one.astype(float) - other.astype(float)).mean()) / 140
+
+
+@given(
+    angle=st.floats(-math.pi, math.pi), row=st.floats(52, 76), column=st.floats(52, 76),
+    light=st.integers(-40, 40),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_a_nail_at_any_angle_and_place_is_the_same_picture(angle: float, row: float, column: float, light: int) -> None:
+    found = find_part(nail(angle, row, column, light=light))
+    assert found is not None
+    assert abs((found.angle - angle + math.pi) % (2 * math.pi) - math.pi) < math.radians(1.5)
+    assert math.hypot(found.row - row, found.column - column) < 2
+    level = decode(file_of(nail()), CANVAS, "a")
+    assert far(decode(file_of(nail(angle, row, column)), CANVAS, "a"), level) < 0.02
+
+
+def test_unaligned_they_are_other_pictures() -> None:
+    plain = ImageSpec((64, 128), 1)
+    assert far(decode(file_of(nail(1.0)), plain, "a"), decode(file_of(nail()), plain, "a")) > 0.05
+
+
+def test_the_head_lies_left_and_the_nail_in_the_middle() -> None:
+    dark = decode(file_of(nail(2.3)), CANVAS, "a")[:, :, 0] < 130
+    rows, columns = np.nonzero(dark)
+    assert abs(columns.min() + columns.max() - 127) <= 4
+    assert abs(rows.mean() - 31.5) < 1
+    assert dark[:, :63].sum() > dark[:, 64:].sum()
+
+
+def test_the_scale_is_that_of_the_image() -> None:
+    """A nail that is too short looks too short, and ``aligned_width`` says how much is shown."""
+
+    def length(image: Image.Image, spec: ImageSpec) -> int:
+        return int((decode(file_of(image), spec, "a")[:, :, 0] < 130).any(0).sum())
+
+    assert abs(length(nail(0.7), CANVAS) - 80) <= 1
+    assert abs(length(nail(0.7, length=60), CANVAS) - 60) <= 1
+    assert abs(length(nail(0.7), ImageSpec((64, 128), 1, aligned_width=0.75)) - 107) <= 2
+    assert abs(length(nail(0.7, 127.5, 127.5, side=256), CANVAS) - 40) <= 1
+    wide = Image.new("L", (256, 128), 200)
+    wide.paste(nail(0.7), (60, 0))
+    assert abs(length(wide, CANVAS) - 40) <= 1
+
+
+def test_a_large_image_is_filtered_before_it_is_turned() -> None:
+    fine = np.asarray(nail(0.4, 511.5, 511.5, length=600, side=1024)).copy()
+    fine[::2, ::2] = 255 - fine[::2, ::2]  # what a sampler without a filter would fold into stripes
+    ground = decode(file_of(Image.fromarray(fine)), CANVAS, "a")[:8, :, 0].astype(float)
+    assert ground.std() < 4
+
+
+def test_a_mask_is_turned_as_its_image() -> None:
+    angle, row, column = 2.0, 60.0, 70.0
+    x, y = spot(angle, row, column, 20)
+    mask = Image.new("L", (SIDE, SIDE))
+    ImageDraw.Draw(mask).ellipse((x - 3, y - 3, x + 3, y + 3), fill=255)
+    image = decode_file(file_of(nail(angle, row, column, mark=20)), CANVAS, "a")
+    turned = decode_mask(file_of(mask), CANVAS, "m", image=image)
+    assert 25 <= turned.sum() <= 55
+    assert image.pixels[turned].mean() == pytest.approx(140, abs=15)
+    middle = np.argwhere(turned).mean(0)
+    assert np.abs(middle - [31.5, 63.5 + 20]).max() < 1.5
+    with pytest.raises(DataError, match=r"^m: a mask is turned as its image is, and there is none; give the image too"):
+        decode_mask(file_of(mask), CANVAS, "m")
+
+
+def test_boxes_and_pictures_lie_on_the_original() -> None:
+    angle, row, column = -2.0, 60.0, 70.0
+    image = receive(file_of(nail(angle, row, column, mark=20)), CANVAS)
+    values = np.zeros((64, 128))
+    values[28:36, 80:88] = 2.0
+    [box], count = find_boxes(values, values > 1, image.image.placement)
+    x, y = spot(angle, row, column, 20)
+    assert count == 1
+    assert box.x + box.width / 2 == pytest.approx(x + 0.5, abs=1.5)
+    assert box.y + box.height / 2 == pytest.approx(y + 0.5, abs=1.5)
+    assert 8 <= min(box.width, box.height) <= max(box.width, box.height) <= 14
+    assert box.area == pytest.approx(64)
+    rebuilt = np.full((64, 128, 1), 77, np.uint8)
+    pictures = draw(image, values, HeatScale.of(1.0), rebuilt)
+    layer = np.asarray(Image.open(io.BytesIO(pictures.heat_layer or b"")))
+    assert layer.shape == (SIDE, SIDE, 4)
+    hot = np.argwhere(layer[..., 3] > 200).mean(0)
+    assert np.abs(hot - [y, x]).max() < 1.5
+    shown = np.asarray(Image.open(io.BytesIO(pictures.reconstruction or b"")))
+    assert abs(int(shown[round(row), round(column)].max()) - 77) <= 1
+    assert abs(int(shown[2, 2].max()) - 200) <= 1  # beyond the canvas: the original
+    assert np.asarray(Image.open(io.BytesIO(pictures.heat_map or b""))).shape == (SIDE, SIDE, 3)
+
+
+def test_what_lies_off_the_original_has_no_box() -> None:
+    placement = place(CANVAS, nail(math.pi / 2, 63.5, 14.0))
+    region = np.zeros((64, 128), bool)
+    region[60:, :] = True
+    rows = np.ones((64, 128))
+    assert find_boxes(rows, region, placement) == ([], 1)
+
+
+@pytest.mark.parametrize("pixels", [np.full((SIDE, SIDE), 90), np.random.default_rng(0).integers(86, 94, (SIDE, SIDE))])
+def test_an_image_without_a_part_is_shown_as_it_lies(pixels: NDArray[Any]) -> None:
+    image = Image.fromarray(pixels.astype(np.uint8))
+    assert find_part(image) is None
+    same = decode(file_of(image), ImageSpec((SIDE, SIDE), 1, aligned_width=1.0), "a")
+    assert np.array_equal(same[:, :, 0], pixels)
+
+
+def test_a_round_part_is_centred_and_not_turned() -> None:
+    image = Image.new("L", (SIDE, SIDE), 200)
+    ImageDraw.Draw(image).ellipse((20, 50, 60, 90), fill=50)
+    found = find_part(image)
+    assert found is not None
+    assert (found.row, found.column, found.angle) == (pytest.approx(70, abs=1), pytest.approx(40, abs=1), 0.0)
+
+
+def test_the_smallest_images_are_taken() -> None:
+    for size in [(1, 1), (1, 40), (3, 2)]:
+        assert decode(file_of(Image.new("L", size, 9)), CANVAS, "a").shape == (64, 128, 1)
+
+
+def test_colour_stands_out_too() -> None:
+    pixels = np.full((SIDE, SIDE, 3), (90, 150, 90), np.uint8)
+    pixels[np.asarray(nail(0.9)) < 130] = (150, 90, 90)
+    found = find_part(Image.fromarray(pixels))
+    assert found is not None
+    assert found.angle == pytest.approx(0.9, abs=0.03)
+
+
+def test_fields_that_contradict_are_refused() -> None:
+    with pytest.raises(ValidationError, match=r"align is principal_axis and resize pad; .* leave data.resize out"):
+        DataConfig(align="principal_axis", resize="pad")
+    with pytest.raises(ValidationError, match=r"aligned_width is 0.5 and align none; set data.align"):
+        DataConfig(aligned_width=0.5)
+    assert ImageSpec.of(DataConfig(align="principal_axis", aligned_width=0.5)).aligned_width == 0.5
+    assert ImageSpec.of(DataConfig()).aligned_width is None
+
+
+def nails(folder: Path) -> ExperimentConfig:
+    """Nails at random angles, of which some test ones have a mark."""
+    rng = np.random.default_rng(0)
+
+    def some(place: str, count: int, *, mark: bool) -> None:
+        (folder / place).mkdir(parents=True)
+        for i in range(count):
+            pose = (rng.uniform(-math.pi, math.pi), *rng.uniform(56, 72, 2))
+            nail(*pose, mark=rng.uniform(-20, 20) if mark else None).save(folder / place / f"{i:02}.png")
+
+    some("train/good", 60, mark=False)
+    some("test/good", 12, mark=False)
+    some("test/marked", 12, mark=True)
+    return ExperimentConfig.model_validate(
+        {"data": {"dataset": {"name": "folder", "source": str(folder)}, "image_size": [16, 32], "channels": 1}}
+    )
+
+
+def test_marks_on_nails_are_found_once_these_lie_level(tmp_path: Path) -> None:
+    """Nearest neighbours in pixels, of which unaligned nails are as far from each other as marked ones."""
+    plain = nails(tmp_path)
+    level = plain.override({"data.align": "principal_axis"})
+    shards = write_shards(plain.data, str(tmp_path / "shards"))
+    shards.check(level.data)  # the same files: parts are turned when they are read
+    found = {}
+    for name, config in (("plain", plain), ("level", level)):
+        detector = calibrated(fit_baseline(config, shards, component_options("baselines", "knn")), shards)
+        found[name] = evaluate(detector, shards, num_pictures=0, num_draws=10).rows[0].metrics["auroc"].value
+    assert found["plain"] < 0.75
+    assert found["level"] > 0.95
+    raw = write_shards(level.override({"data.shard_format": "raw"}).data, str(tmp_path / "raw"))
+    with pytest.raises(DataError, match=r"data\.align"):
+        raw.check(plain.override({"data.shard_format": "raw"}).data)
+
+
+def test_an_ensemble_sees_one_part_of_an_image(tmp_path: Path) -> None:
+    plain = nails(tmp_path)
+    shards = write_shards(plain.data, str(tmp_path / "shards"))
+    options = component_options("baselines", "knn")
+    members = [
+        calibrated(fit_baseline(config, shards, options), shards)
+        for config in (plain, plain.override({"data.align": "principal_axis"}))
+    ]
+    with pytest.raises(ConfigError, match=r"data\.align or .* differs .* train them with the same two"):
+        ensemble_of(members, shards)
