@@ -125,7 +125,9 @@ def test_the_model_says_what_it_is_and_not_where(service: ScoringService, run_di
     assert model["artifact_id"] == service.artifact_id
     assert model["has_maps"]
     assert model["has_reconstruction"]
-    assert model["image"] == {"height": 8, "width": 8, "channels": 1, "resize": "stretch", "max_pixels": 64_000_000}
+    assert model["image"] == {
+        "height": 8, "width": 8, "channels": 1, "resize": "stretch", "aligned_width": None, "max_pixels": 64_000_000,
+    }  # fmt: skip
     histogram = model["calibration"]["histogram"]
     assert sum(histogram["counts"]) == model["calibration"]["threshold"]["num_images"]
     assert len(histogram["edges"]) == len(histogram["counts"]) + 1
