@@ -240,9 +240,11 @@ def test_an_ensemble_sees_one_part_of_an_image(tmp_path: Path) -> None:
     plain = nails(tmp_path)
     shards = write_shards(plain.data, str(tmp_path / "shards"))
     options = component_options("baselines", "knn")
-    members = [
-        calibrated(fit_baseline(config, shards, options), shards)
-        for config in (plain, plain.override({"data.align": "principal_axis"}))
-    ]
-    with pytest.raises(ConfigError, match=r"data\.align or .* differs .* train them with the same two"):
-        ensemble_of(members, shards)
+    level = plain.override({"data.align": "principal_axis"})
+    other = level.override({"data.image_size": [16, 16]})
+    alike = level.override({"data.image_size": [8, 16]})
+    found = [calibrated(fit_baseline(config, shards, options), shards) for config in (level, plain, other, alike)]
+    for odd in found[1:3]:
+        with pytest.raises(ConfigError, match=r"^data\.align, .* differs .* train them with the same$"):
+            ensemble_of([found[0], odd], shards)
+    assert ensemble_of([found[0], found[3]], shards).image_spec.aligned_width == 1.0

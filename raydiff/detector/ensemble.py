@@ -65,10 +65,10 @@ class EnsembleDetector(Detector):
         largest = max(members, key=lambda member: np.prod(member.config.data.image_size))
         sizes = {member.config.data.image_size for member in members}
         resizes = {member.config.data.resize for member in members}
-        if len({member.image_spec.aligned_width for member in members}) > 1:
+        if len({_shown(member) for member in members}) > 1:
             raise ConfigError(
-                "data.align or data.aligned_width differs between these runs; an ensemble's members must see the same"
-                " part of an image: train them with the same two"
+                "data.align, data.aligned_width or the aspect of data.image_size differs between these runs; members of"
+                " an ensemble of aligned parts must see the same part of an image: train them with the same"
             )
         if len(resizes) > 1 or (len(sizes) > 1 and resizes == {"own"}):
             raise ConfigError(
@@ -325,6 +325,12 @@ def _surprise(values: Tensor, normals: Tensor) -> Tensor:
     spread = max(float(known.std()), 1e-12)
     below = heights[0] + (given - knots[0]) / (spread * count)  # rises slowly: what is very normal still has an order
     return torch.from_numpy(np.where(given > knots[-1], above, np.where(given < knots[0], below, inside)))
+
+
+def _shown(member: Detector) -> tuple[float, float] | None:
+    """How much of an aligned part's surroundings a member sees: width, and height by width; None: all of an image."""
+    spec = member.image_spec
+    return None if spec.aligned_width is None else (spec.aligned_width, spec.image_size[0] / spec.image_size[1])
 
 
 def _seen_by(member: Detector, images: Tensor) -> Tensor:
