@@ -14,29 +14,26 @@ Where normal images lie at any angle, as screws do, there is nothing to learn. T
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from copy import copy
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from raydiff.config import Options as BaseOptions
 from raydiff.core.diffusion import full_precision, keyed_seed
-from raydiff.errors import ArtifactError, ConfigError, RaydiffError
-from raydiff.spaces._learning import learning_rate, learnt, rows_apart
+from raydiff.errors import ConfigError
+from raydiff.spaces._learning import LearntOptions, LearntSpace, learning_rate
 from raydiff.spaces._projection import principal_axes
 from raydiff.spaces._rotation_network import RotationNetwork
 
 __all__ = ["Options", "RotNetSpace", "build"]
 
 
-class Options(BaseOptions):
+class Options(LearntOptions):
     """The network, how it is trained, and what of its features is diffused."""
 
     name: Literal["rotnet"] = "rotnet"
-    factor: int = Field(8, ge=2, description="sides of an image over those of the last features, a power of two")
     width: int = Field(32, ge=1, description="channels at half the image's resolution; doubled at each coarser one")
     num_blocks: int = Field(1, ge=1, description="residual blocks per resolution")
     num_steps: int = Field(3000, ge=1, description="optimiser steps of this network")
@@ -66,41 +63,17 @@ class Options(BaseOptions):
         5000, ge=2, description="training images that it learns from, at most; all are held in memory as float32, of"
         " which 5,000 of 64 px take 0.25 GB and of 256 px 3.9 GB"
     )  # fmt: skip
-    seed: int | None = Field(None, ge=0, description="of its weights and views; the run's when empty")
-
-    @field_validator("factor")
-    @classmethod
-    def _power_of_two(cls, value: int) -> int:
-        if value & (value - 1):
-            raise ValueError(f"factor is {value}; it must be a power of two")
-        return value
 
 
-class RotNetSpace:
-    """See the module. Nothing changes after ``fit`` or ``load_state``; several threads may encode then."""
+class RotNetSpace(LearntSpace[Options, RotationNetwork]):
+    """See the module."""
 
-    costly = True
-    pretrained = None
+    network_name, prefix = "rotation network", "network"
 
     def __init__(self, options: Options, *, channels: int, image_size: tuple[int, int]) -> None:
-        self.options, self.num_fit_images = options, options.num_fit_images
-        self._channels, self._image_size = channels, image_size
+        shape = (options.num_components, options.cells, options.cells)
+        super().__init__(options, shape, channels=channels, image_size=image_size)
         self._turns = (0, 1, 2, 3) if image_size[0] == image_size[1] else (0, 2)
-        self.shape = (options.num_components, options.cells, options.cells)
-        self._network: RotationNetwork | None = None
-        self._mean, self._projection = torch.empty(0), torch.empty(0)
-        self._quick: nn.Module | None = None
-
-    def check(self) -> None:
-        """Nothing is needed."""
-
-    def fit(self, images: Tensor) -> None:
-        """Train the network on images (n, C, H, W) in [-1, 1], on their device; then the projection.
-
-        Raises:
-            TrainingError: the loss is not a number.
-        """
-        self.fit_with_progress(images, lambda _: None)
 
     def fit_with_progress(self, images: Tensor, report: Callable[[Mapping[str, Any]], None]) -> None:
         """:meth:`fit`; ``report`` gets ``space_step``, ``space_steps``, ``space_loss``, ``space_seconds`` now and then.
@@ -114,20 +87,11 @@ class RotNetSpace:
                 f"space rotnet got {len(images)} training image(s), none of which differs from another; it has nothing"
                 " to tell apart: add images, or name changes under augmentation"
             )
-        network = self._initial().to(images.device).to(memory_format=torch.channels_last).train()
-        losses = self._losses(network, images.detach())
-        learnt(losses, self.options.num_steps, report, "space rotnet: the rotation network")
-        self._network = network.eval().requires_grad_(False)
-        cells = self._apart(self._features, images.detach()).movedim(1, -1).flatten(0, 2).double()  # (n g g, turns D)
-        mean = cells.mean(0)
-        axes = principal_axes(cells - mean, self.options.num_components, self.options.whitening)
-        self._mean, self._projection = mean.float(), axes.T.float().contiguous()  # (K, turns D)
+        super().fit_with_progress(images, report)
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, C, H, W) images in [-1, 1] to (B, K, cells, cells), of mean 0 and variance 1 over training images."""
-        if not len(self._mean):
-            raise RaydiffError("space 'rotnet' has learnt nothing yet; call fit or load_state first")
-        mean, projection = self._mean.to(images.device), self._projection.to(images.device)
+        mean, projection = (self._statistic(name, images.device) for name in ("mean", "projection"))
 
         def projected(rows: Tensor) -> Tensor:
             return F.conv2d(self._features(rows) - mean[:, None, None], projection[:, :, None, None])
@@ -138,49 +102,27 @@ class RotNetSpace:
         """None: features have no way back to images."""
         return None
 
-    def state(self) -> dict[str, Tensor]:
-        """The network's weights, ``mean`` (turns D,) and ``projection`` (K, turns D)."""
-        weights = {f"network.{key}": value.cpu().contiguous() for key, value in self._fitted().state_dict().items()}
-        return weights | {"mean": self._mean.cpu(), "projection": self._projection.cpu()}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`state` gave.
-
-        Raises:
-            ArtifactError: a part is missing, or of another shape.
-        """
-        network = self._initial().to(memory_format=torch.channels_last)
-        weights = {key.removeprefix("network."): v for key, v in state.items() if key.startswith("network.")}
-        width = len(self._turns) * network.num_features
-        try:
-            network.load_state_dict(weights)
-            mean, projection = state["mean"].reshape(width), state["projection"]
-            projection = projection.reshape(self.options.num_components, width)
-        except (KeyError, RuntimeError) as error:
-            raise ArtifactError("the state of space 'rotnet' does not fit its options; fit it again") from error
-        self._network = network.eval().requires_grad_(False)
-        self._mean, self._projection = mean, projection
-
-    def compiled(self, quick: Callable[[nn.Module], nn.Module]) -> Self:
-        """A copy whose network's features are ``quick`` of it."""
-        other = copy(self)
-        other._quick = quick(self._fitted().features)
-        return other
-
-    def _fitted(self) -> RotationNetwork:
-        if self._network is None:
-            raise RaydiffError("space 'rotnet' has learnt nothing yet; call fit or load_state first")
-        return self._network
-
-    def _initial(self) -> RotationNetwork:
-        """Weights that follow from the seed, whatever ran before."""
+    def _build(self) -> RotationNetwork:
         options = self.options
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(keyed_seed("rotation network", options.seed or 0))
-            return RotationNetwork(
-                channels=self._channels, factor=options.factor, width=options.width, num_blocks=options.num_blocks,
-                num_turns=len(self._turns),
-            )  # fmt: skip
+        network = RotationNetwork(
+            channels=self._channels, factor=options.factor, width=options.width, num_blocks=options.num_blocks,
+            num_turns=len(self._turns),
+        )  # fmt: skip
+        return network.to(memory_format=torch.channels_last)
+
+    def _encoder_of(self, network: RotationNetwork) -> nn.Module:
+        return network.features
+
+    def _measured(self, images: Tensor) -> dict[str, Tensor]:
+        """``mean`` (turns D,) of the features and ``projection`` (K, turns D)."""
+        cells = self._apart(self._features, images).movedim(1, -1).flatten(0, 2).double()  # (n g g, turns D)
+        mean = cells.mean(0)
+        axes = principal_axes(cells - mean, self.options.num_components, self.options.whitening)
+        return {"mean": mean.float(), "projection": axes.T.float().contiguous()}
+
+    def _statistic_shapes(self, network: RotationNetwork) -> dict[str, tuple[int, ...]]:
+        width = len(self._turns) * network.num_features
+        return {"mean": (width,), "projection": (self.options.num_components, width)}
 
     def _losses(self, network: RotationNetwork, images: Tensor) -> Iterator[Tensor]:
         """Train, giving each step's loss: the cross-entropy of which turn an image was given."""
@@ -226,7 +168,7 @@ class RotNetSpace:
 
     def _features(self, images: Tensor) -> Tensor:
         """(B, turns D, cells, cells): of each turn its features, laid back to where they are in the image."""
-        features, cells = self._quick or self._fitted().to(images.device).features, self.options.cells
+        features, cells = self._encoder(images.device), self.options.cells
 
         def of_turn(turn: int) -> Tensor:
             turned = torch.rot90(images, turn, (-2, -1)).clone(memory_format=torch.channels_last)
@@ -234,9 +176,6 @@ class RotNetSpace:
             return F.normalize(torch.rot90(grid, -turn, (-2, -1)), dim=1)
 
         return torch.cat([of_turn(turn) for turn in self._turns], 1).contiguous()
-
-    def _apart(self, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        return rows_apart(function, images, pixels=self._image_size[0] * self._image_size[1])
 
 
 def build(options: Options, *, channels: int, image_size: tuple[int, int]) -> RotNetSpace:
