@@ -3,14 +3,15 @@
 ::
 
     OUT/shards/<key>/                one set per data section
+    OUT/spaces/                      spaces that are trained, for all networks (:mod:`raydiff.fitted_spaces`)
     OUT/trainings/<key>/             a run folder per network; taken up from its checkpoints
     OUT/cells/<cell>/artifact/       the calibrated detector
     OUT/results.jsonl  predictions/  the rows, appended by the driver alone
     OUT/robustness.jsonl             rows of changed test images
     OUT/failures.jsonl               what went wrong, with tracebacks; tried again the next time
 
-A cell is finished when ``results.jsonl`` has its row and its artefact exists. Work is cut into tasks (shards,
-trainings, cells, robustness), which :mod:`raydiff.tasks` runs in this process and
+A cell is finished when ``results.jsonl`` has its row and its artefact exists. Work is cut into tasks (shards, spaces
+that several trainings need, trainings, cells, robustness), which :mod:`raydiff.tasks` runs in this process and
 :mod:`raydiff.distributed.benchmark` on Ray.
 
 Where OUT is in a store (``s3://bucket/path``), it looks the same there. Tasks then work in scratch folders of their
@@ -35,6 +36,7 @@ from raydiff.cells import (
     is_trained,
     run_cell,
     run_robustness,
+    run_space,
     run_training,
     shards_place,
     training_place,
@@ -43,6 +45,7 @@ from raydiff.config import DataConfig
 from raydiff.crossfit import remove_checkpoints
 from raydiff.errors import ConfigError, DataError
 from raydiff.experiment import ARTIFACT
+from raydiff.fitted_spaces import SPACES
 from raydiff.journal import alone_in, append_lines, read_lines
 from raydiff.mirror import Mirror, on_node
 from raydiff.plan import Cell, Plan, Training, plan
@@ -187,6 +190,11 @@ class _Place:
         """Where a data section's shards lie: read and written there by every node."""
         return str(shards_place(self.out, key)) if self.store is None else _shards_uri(self.store, key)
 
+    @property
+    def spaces(self) -> str:
+        """Where fitted spaces are kept."""
+        return str(self.out / SPACES) if self.store is None else Storage.of(self.store).child(SPACES).uri
+
     def call(self, work: Callable[..., Any], shards: str, *names: str) -> Callable[[], Any]:
         """``work(out)``; with a store on a node, with what lies there under these names."""
         if self.store is None:
@@ -204,7 +212,8 @@ def _train_on_a_node(store: str, training: Training) -> None:
     teacher = [] if training.teacher is None else [f"trainings/{training.teacher}"]
     with on_node(store, f"trainings/{training.key}", *teacher) as mirror:
         shards = _shards_uri(store, training.shards)
-        run_training(training, mirror.folder, shards=shards, keep=mirror.put_now_and_then)
+        spaces = _Place(mirror.folder, store).spaces
+        run_training(training, mirror.folder, shards=shards, spaces=spaces, keep=mirror.put_now_and_then)
         remove_checkpoints(training_place(mirror.folder, training.key))
 
 
@@ -260,6 +269,12 @@ def _training_tasks(plan: Plan, training: Training, place: _Place) -> Iterator[T
     if is_trained(training, place.out):
         return
     needs = [f"shards-{training.shards}"]
+    sharing = [other for other in plan.trainings.values() if training.space and other.space == training.space]
+    if len(sharing) > 1:
+        name = f"space {training.config.space.name} of {len(sharing)} trainings, {sharing[0].name}"
+        work = partial(run_space, training, place.out, shards=place.shards(training.shards), spaces=place.spaces)
+        needs.append(key := f"space-{training.space}")
+        yield Task(key, "space", name, (needs[0],), training.resources, work)
     if training.teacher is not None:
         teacher = plan.trainings[training.teacher]
         yield from _training_tasks(plan, teacher, place)

@@ -45,7 +45,7 @@ def progress_line(progress: Progress) -> str:
     elif isinstance(outcome.value, Evaluation):
         said = f"AUROC {outcome.value.rows[0].metrics['auroc']}"
     else:
-        said = "done"
+        said = outcome.value if isinstance(outcome.value, str) else "done"
     return f"[{', '.join(counts)}] {progress.task.name}: {said}, {outcome.seconds:.1f} s"
 
 

@@ -21,6 +21,7 @@ from raydiff.distillation import TEACHER, student_config
 from raydiff.errors import ConfigError, DataError
 from raydiff.evaluation import evaluate
 from raydiff.experiment import ARTIFACT, CONFIG, calibrated, fit_baseline, fit_locally
+from raydiff.fitted_spaces import SPACES, fitted_space, seconds_elsewhere
 from raydiff.heads import with_timed_scorer
 from raydiff.images import images_per_batch
 from raydiff.journal import write_whole
@@ -34,7 +35,7 @@ from raydiff.suite import CostPlan, Resources, RobustnessPlan
 from raydiff.tracking import read_metrics
 
 __all__ = [
-    "Changed", "artifact_place", "is_robust", "is_trained", "run_cell", "run_robustness", "run_training",
+    "Changed", "artifact_place", "is_robust", "is_trained", "run_cell", "run_robustness", "run_space", "run_training",
     "shards_place", "training_place",
 ]  # fmt: skip
 
@@ -55,15 +56,34 @@ def _seconds(folder: Path) -> float | None:
         return None
 
 
+def run_space(training: Training, out: Path, *, shards: str | None = None, spaces: str | None = None) -> str | None:
+    """Fit the space of a training and leave it where all that have the same find it; or say where it was found.
+
+    Args:
+        training: of the plan.
+        out: the benchmark's folder.
+        shards: where its shards lie, if not there.
+        spaces: where fitted spaces are kept, if not there.
+    """
+    config = training.config
+    data = ShardSet.open(shards or str(shards_place(out, training.shards)), on_bad_shard=config.data.on_bad_shard)
+    place = config.data.spaces or spaces or str(out / SPACES)
+    lines = list[Mapping[str, Any]]()
+    fitted_space(config, data, device=_device(training.resources), spaces=place, report=lines.append)
+    return next((f"found in {line['space_found']}" for line in lines if "space_found" in line), None)
+
+
 def run_training(
-    training: Training, out: Path, *, shards: str | None = None, keep: Callable[[], None] = lambda: None
-) -> None:
+    training: Training, out: Path, *, shards: str | None = None, spaces: str | None = None,
+    keep: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
     """Train a network in ``out/trainings/<key>``, from its last checkpoint if there is one; nothing if it is done.
 
     Args:
         training: of the plan.
         out: the benchmark's folder.
         shards: where its shards lie, if not there.
+        spaces: where fitted spaces are kept, if not there.
         keep: called with each line of metrics, when what is finished may be put elsewhere.
     """
     folder = training_place(out, training.key)
@@ -75,8 +95,16 @@ def run_training(
     config = training.config if training.teacher is None else _student(training, out, data)
     _forget_another(config, folder)
     before = list(read_metrics(folder))
-    fit_locally(config, folder, data, device=_device(training.resources), on_metrics=lambda _: keep())
-    seconds = time.monotonic() - begun
+    elsewhere = 0.0
+
+    def heed(line: Mapping[str, Any]) -> None:
+        nonlocal elsewhere
+        elsewhere += seconds_elsewhere(line)
+        keep()
+
+    device, spaces = _device(training.resources), spaces or str(out / SPACES)
+    fit_locally(config, folder, data, device=device, on_metrics=heed, spaces=spaces)
+    seconds = time.monotonic() - begun + elsewhere  # whoever fitted the space
     resumed = max((line["step"] for line in read_metrics(folder) if line.get("resumed")), default=0)
     seconds += _seconds_until(resumed, before, config.training.batch_size)
     if training.teacher is not None:  # without which there would be no student

@@ -128,7 +128,7 @@ class Space(Protocol):
     """The name of the pretrained weights in it, for the mark beside its figures; None without."""
 
     def check(self) -> None:
-        """See that it can be fitted here.
+        """See that it can be fitted here; from then on pretrained weights are in :meth:`state`, before any fit.
 
         Raises:
             ConfigError: it needs a file that is not there; says how to get it.

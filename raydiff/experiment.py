@@ -28,10 +28,10 @@ from torch import Tensor
 
 from raydiff.artifact import encode_json, encode_tensors, read_folder, write_folder
 from raydiff.config import ExperimentConfig, load_config
-from raydiff.contracts import TrainedSpace
 from raydiff.detector import Detector, DiffusionDetector, build_space, load_detector
 from raydiff.distillation import TEACHER, student_config, teacher_in
 from raydiff.errors import ArtifactError, ConfigError, RaydiffError, StorageError
+from raydiff.fitted_spaces import FittedSpace, fitted_space, takes_long
 from raydiff.fitting import (
     ARTIFACT,
     CONFIG,
@@ -50,7 +50,7 @@ from raydiff.runtime import CHECKPOINTS, LocalRuntime
 from raydiff.shards import ShardSet, TrainingBatch, TrainingOrder, cached_stream, fits_in_memory
 from raydiff.shards.order import Share
 from raydiff.shards.windows import cut, stored_chunks
-from raydiff.splits import held_out_images, split_batches, training_images, weights_of
+from raydiff.splits import held_out_images, split_batches, weights_of
 from raydiff.storage import MANIFEST, Place, Storage, as_place, uri_of
 from raydiff.tracking import MetricsLog
 from raydiff.training import Stream, train
@@ -158,12 +158,13 @@ def begin_run(run_dir: Place, config: ExperimentConfig, shards: ShardSet) -> Non
 
 def fit_space(
     config: ExperimentConfig, run_dir: Place, shards: ShardSet, *, device: str = "cpu",
-    on_metrics: Callable[[Mapping[str, Any]], None] | None = None,
+    on_metrics: Callable[[Mapping[str, Any]], None] | None = None, spaces: str | None = None,
 ) -> None:  # fmt: skip
     """Fit the config's space on training images and keep what it learnt in ``run_dir/space``, once per run.
 
-    One that is trained (:class:`raydiff.contracts.TrainedSpace`) tells ``on_metrics`` how far it is, and keeps these
-    lines beside what it learnt, in ``progress.json``. One that is interrupted begins anew.
+    Where the same space was fitted before, and left in ``data.spaces`` or, of one that is trained, in ``spaces``, that
+    is taken. One that is trained (:class:`raydiff.contracts.TrainedSpace`) tells ``on_metrics`` how far it is, and
+    keeps these lines beside what it learnt, in ``progress.json``. One that is interrupted begins anew.
 
     Raises:
         ConfigError: it needs pretrained weights that are not there.
@@ -174,22 +175,17 @@ def fit_space(
     origin = {"digest": config.digest(), "data_digest": shards.normal_digest}
     if not space.num_fit_images or _space_folder(run_dir, origin) is not None:
         return
-    lines: list[Mapping[str, Any]] = []
-
-    def heed(line: Mapping[str, Any]) -> None:
-        lines.append(line)
-        if on_metrics is not None:
-            on_metrics(line)
-
     if (teacher := teacher_in(run_dir, config)) is not None:
-        space.load_state(teacher.detector.space.state())
+        fitted = FittedSpace(teacher.detector.space.state())
     else:
-        left_out = weights_of(run_dir, shards).left_out
-        images = training_images(config, shards, space.num_fit_images, without=left_out).to(device)
-        space.fit_with_progress(images, heed) if isinstance(space, TrainedSpace) else space.fit(images)
-    files = {"origin.json": encode_json(origin), "space.safetensors": encode_tensors(space.state())}
-    if lines:
-        files["progress.json"] = encode_json(lines)
+        fitted = fitted_space(
+            config, shards, without=weights_of(run_dir, shards).left_out, device=device,
+            spaces=config.data.spaces or (spaces if takes_long(config) else None),
+            report=on_metrics or (lambda _: None),
+        )  # fmt: skip
+    files = {"origin.json": encode_json(origin), "space.safetensors": encode_tensors(fitted.state)}
+    if fitted.lines:
+        files["progress.json"] = encode_json(fitted.lines)
     write_folder(run_dir / SPACE, "space", files, overwrite=True)
 
 
@@ -261,17 +257,19 @@ def fit_locally(
     *,
     device: str = "cpu",
     on_metrics: Callable[[Mapping[str, Any]], None] | None = None,
+    spaces: str | None = None,
 ) -> Detector:
     """Train in this process, calibrate and save; goes on from the newest checkpoint in ``run_dir`` if there is one.
 
-    ``on_metrics`` gets each line of metrics; those of a fold's network have its number as ``fold``.
+    ``on_metrics`` gets each line of metrics; those of a fold's network have its number as ``fold``. ``spaces`` is where
+    spaces that are trained are kept for other runs, where ``data.spaces`` says nothing.
     """
     begin_run(run_dir, config, shards)
 
     @contextmanager
     def trained(config: ExperimentConfig, place: Place) -> Iterator[tuple[Path, ShardSet]]:
         heed = on_metrics and of_fold(on_metrics, run_dir, place)
-        with _trained_here(config, place, shards, device, heed) as checkpoint:
+        with _trained_here(config, place, shards, device, heed, spaces) as checkpoint:
             yield checkpoint, shards
 
     return fit_in_parts(config, run_dir, shards, trained, device=device, on_metrics=on_metrics)
@@ -280,7 +278,7 @@ def fit_locally(
 @contextmanager
 def _trained_here(
     config: ExperimentConfig, run_dir: Place, shards: ShardSet, device: str,
-    on_metrics: Callable[[Mapping[str, Any]], None] | None,
+    on_metrics: Callable[[Mapping[str, Any]], None] | None, spaces: str | None,
 ) -> Iterator[Path]:  # fmt: skip
     log = MetricsLog(run_dir, batch_size=config.training.batch_size)
 
@@ -292,7 +290,7 @@ def _trained_here(
     runtime = LocalRuntime(run_dir, device, config.training.keep_checkpoints, record, before_save=log.flush)
     weights = weights_of(run_dir, shards)
     provenance = provenance_of(shards, weights, config)
-    fit_space(config, run_dir, shards, device=device, on_metrics=on_metrics)
+    fit_space(config, run_dir, shards, device=device, on_metrics=on_metrics, spaces=spaces)
     fitting = fits_in_memory(shards, ImageSpec.of(config.data), config.data.cache_mb)
     try:
         train(

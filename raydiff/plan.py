@@ -13,11 +13,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from raydiff.config import DataConfig, ExperimentConfig, Options, component_options
 from raydiff.errors import ConfigError
+from raydiff.fitted_spaces import takes_long
 from raydiff.shards.layout import recorded_fields
 from raydiff.suite import Method, Resources, Suite, load_suite, merged
 
@@ -25,6 +27,9 @@ __all__ = ["Cell", "Plan", "Training", "plan", "training_scoring"]
 
 _PATHS = ("source", "mnist")
 """Options of data sets that are relative to ``--data``."""
+
+_BEHIND = ("denoiser", "schedule", "objective", "training", "scoring", "calibration", "cross_fitting")
+"""Sections of a config that its space does not depend on."""
 
 _DEFAULT_NAMES = {
     "data": {"dataset": {"name": "digits"}}, "space": {"name": "pixel"}, "denoiser": {"name": "unet"},
@@ -76,6 +81,19 @@ class Training:
     resources: Resources
     teacher: str | None = None
     distil: Mapping[str, Any] | None = None
+
+    @cached_property
+    def space(self) -> str | None:
+        """The same for trainings that need the same trained space, so that one task can fit it for all of them.
+
+        None where there is no such space, or what it learns from is known only on the way.
+        """
+        config = self.config
+        if self.teacher is not None or not takes_long(config) or config.contamination.max_share:
+            return None
+        others = {name: ExperimentConfig.model_fields[name].get_default(call_default_factory=True) for name in _BEHIND}
+        content = [self.shards, config.model_copy(update=others).digest(), *_threads(self.resources)]
+        return _short([*content, self.resources.num_gpus > 0])
 
 
 @dataclass(frozen=True, eq=False)

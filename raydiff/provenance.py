@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["hardware", "source_commit", "versions"]
+__all__ = ["hardware", "processor", "source_commit", "versions"]
 
 _PACKAGES = ("raydiff", "diffusers", "timm", "scikit-learn", "pyod", "numpy", "ray")
 
@@ -23,11 +23,11 @@ def hardware(device: str) -> str:
         return str(torch.cuda.get_device_name(torch.device(device)))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = torch.get_num_threads()
-    return f"{_processor()}, {cores} core{'s' * (cores != 1)}, {threads} thread{'s' * (threads != 1)}"
+    return f"{processor()}, {cores} core{'s' * (cores != 1)}, {threads} thread{'s' * (threads != 1)}"
 
 
 @cache
-def _processor() -> str:
+def processor() -> str:
     """The processor's name as the system tells it."""
     model = platform.processor() or platform.machine()
     if (cpuinfo := Path("/proc/cpuinfo")).exists():

@@ -21,7 +21,7 @@ from raydiff.suite import Resources
 
 __all__ = ["Failure", "Kind", "Outcome", "Progress", "SerialWorkers", "Task", "Workers", "drive", "perform"]
 
-Kind = Literal["shards", "training", "diffusion", "baseline", "robustness"]
+Kind = Literal["shards", "space", "training", "diffusion", "baseline", "robustness"]
 """What the time of one task says something about the time of another for."""
 
 

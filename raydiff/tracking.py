@@ -176,6 +176,10 @@ def progress_line(metrics: Mapping[str, Any], num_steps: int, batch_size: int) -
     for part in ("space", "head"):
         if f"{part}_step" in metrics:
             return _progress_beside(part, metrics)
+    if "space_found" in metrics:
+        return f"space: found in {metrics['space_found']}; fitting it took {clock(metrics['space_seconds'])}"
+    if "space_awaited" in metrics:
+        return f"space: another process is fitting it, for {metrics['space_awaited']}; waiting"
     step = metrics["step"]
     if "grids_made" in metrics:
         made, missing = metrics["grids_made"], metrics["grids_missing"]

@@ -368,7 +368,7 @@ def test_fields_without_effect_are_the_ones_that_cannot_move_a_score():
         "tiles.size",
     }
     assert {path for path, extra in extras.items() if extra == NO_EFFECT} == {
-        "data.cache_mb", "data.grids", "data.shard_format", "data.shard_mb", "data.shards",
+        "data.cache_mb", "data.grids", "data.shard_format", "data.shard_mb", "data.shards", "data.spaces",
         "execution.cpus_per_worker", "execution.max_failures", "execution.min_workers", "execution.num_workers",
         "execution.scoring_batch_size", "execution.use_gpu", "tiles.per_call",
         "training.checkpoint_every", "training.keep_checkpoints", "training.log_every", "training.validate_every",

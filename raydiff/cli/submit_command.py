@@ -171,6 +171,11 @@ def _check_data(
             f"data.grids {grids}: is relative, and a job's folder is on one node and is deleted; give s3://..., an"
             " absolute path that all nodes have, or run"
         )
+    if name != "prepare" and data.spaces is not None and _is_relative(data.spaces):
+        raise ConfigError(
+            f"data.spaces {data.spaces}: is relative, and a job's folder is on one node and is deleted; give s3://..."
+            " or an absolute path that all nodes have"
+        )
     if shards is None and name == "prepare":
         raise ConfigError("prepare needs --out in a job: give s3://... or an absolute path that all nodes have")
     source = getattr(data.dataset, "source", None)

@@ -182,11 +182,10 @@ class ExperimentConfig(Section):
         return _validate(data, "--set")
 
     def located(self) -> ExperimentConfig:
-        """The same with ``data.grids`` found from any working directory: a folder's path is made absolute."""
-        place = self.data.grids
-        if place is None or place == "run" or "://" in place:
-            return self
-        return self.override({"data.grids": str(Path(place).expanduser().resolve())})
+        """The same with ``data.grids`` and ``data.spaces`` found from any working directory: paths made absolute."""
+        places = {"data.grids": None if self.data.grids == "run" else self.data.grids, "data.spaces": self.data.spaces}
+        folders = {field: Path(place) for field, place in places.items() if place is not None and "://" not in place}
+        return self.override({field: str(folder.expanduser().resolve()) for field, folder in folders.items()})
 
     def to_resume(self, assignments: Sequence[str]) -> ExperimentConfig:
         """:meth:`override` for a run that goes on: its checkpoints hold for this config only.

@@ -111,8 +111,18 @@ class DataConfig(Section):
         json_schema_extra=WHERE_SET,
     )
 
+    spaces: str | None = Field(
+        None,
+        description="keep what a space that learns has learnt, for any run that would learn the same, in a folder or"
+        " s3://...; empty: each run fits its own. A benchmark and a sweep have such a folder by themselves, for spaces"
+        " latent and rotnet",
+        json_schema_extra=NO_EFFECT,
+    )
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.spaces == "":
+            raise ValueError("spaces is empty; give a folder or s3://..., or null for none")
         if self.grids == "":
             raise ValueError("grids is empty; give run, a folder or s3://..., or null for none")
         if self.grids is None and self.grids_dtype != "float32":

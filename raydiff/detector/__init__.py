@@ -22,6 +22,7 @@ from raydiff.detector.building import (
     noised,
     num_conditions,
     schedule_of,
+    space_options,
     trained_steps,
 )
 from raydiff.detector.contract import Detector
@@ -46,6 +47,7 @@ __all__ = [
     "noised",
     "num_conditions",
     "schedule_of",
+    "space_options",
     "tensors_below",
     "trained_steps",
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from raydiff import registry
-from raydiff.config import ExperimentConfig
+from raydiff.config import ExperimentConfig, Options
 from raydiff.contracts import Scorer, SequentialScorer, Space
 from raydiff.core.corruption import Patches
 from raydiff.core.diffusion import keyed_seed
@@ -25,6 +25,7 @@ __all__ = [
     "num_conditions",
     "patches_of",
     "schedule_of",
+    "space_options",
     "trained_steps",
 ]
 
@@ -33,12 +34,17 @@ NUM_ROTATIONS = 4
 
 
 def build_space(config: ExperimentConfig) -> Space:
-    """The config's space, not fitted; one that is trained and names no seed of its own has the config's."""
-    options = config.space
-    if getattr(options, "seed", 0) is None:
-        options = options.model_copy(update={"seed": config.seed})
-    space: Space = registry.build("spaces", options, channels=config.data.channels, image_size=config.model_size)
+    """The config's space, not fitted."""
+    space: Space = registry.build(
+        "spaces", space_options(config), channels=config.data.channels, image_size=config.model_size
+    )
     return space
+
+
+def space_options(config: ExperimentConfig) -> Options:
+    """Those of the config's space; one that is trained and names no seed of its own has the config's."""
+    options = config.space
+    return options.model_copy(update={"seed": config.seed}) if getattr(options, "seed", 0) is None else options
 
 
 def build_denoiser(config: ExperimentConfig, space: Space, num_classes: int) -> nn.Module:

@@ -318,14 +318,14 @@ def fit_of(job: Job) -> Fit | None:
     from raydiff.distributed.train import fit
 
     if job.store is None:
-        return lambda config, place, shards, heed: fit(config, place, shards, on_metrics=heed)
+        return lambda config, place, shards, heed: fit(config, place, shards, on_metrics=heed, spaces=job.spaces)
     storage = Storage.of(job.store)
 
     def fit_there(
         config: ExperimentConfig, place: Path, shards: ShardSet, heed: Callable[[Mapping[str, Any]], None]
     ) -> None:
         name = place.relative_to(job.out).as_posix()
-        fit(config, storage / name, shards, on_metrics=heed)
+        fit(config, storage / name, shards, on_metrics=heed, spaces=job.spaces)
         (storage / name / CHECKPOINTS).delete_tree()
         shutil.rmtree(place / CHECKPOINTS, ignore_errors=True)
         Mirror(storage, job.out).fetch(name)

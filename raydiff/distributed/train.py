@@ -74,6 +74,7 @@ def fit(
     shards: ShardSet,
     *,
     on_metrics: Callable[[Mapping[str, Any]], None] = lambda _: None,
+    spaces: str | None = None,
 ) -> Detector:
     """Train on ``execution.num_workers`` Ray Train workers, calibrate, and save ``run_dir/artifact``.
 
@@ -84,7 +85,8 @@ def fit(
     With ``data.on_bad_shard: skip`` a shard that breaks on the way is left out from the last checkpoint on.
     ``on_metrics`` gets what a space that is trained says of its fit, here and on the driver's GPU if it has one, then
     each line of ``metrics.jsonl`` as it is written, then what a scorer's own network says of its training, on the
-    driver too; those of a fold's network have its number as ``fold``.
+    driver too; those of a fold's network have its number as ``fold``. ``spaces`` is where spaces that are trained are
+    kept for other runs, where ``data.spaces`` says nothing.
 
     Raises:
         ConfigError: the cluster has fewer CPUs or GPUs than the workers ask for.
@@ -99,7 +101,7 @@ def fit(
     @contextmanager
     def trained(config: ExperimentConfig, place: Place) -> Iterator[tuple[Path, ShardSet]]:
         heed = of_fold(on_metrics, run_dir, place)
-        fit_space(config, place, shards, device=device, on_metrics=heed)
+        fit_space(config, place, shards, device=device, on_metrics=heed, spaces=spaces)
         forget_failure(place)
         remove_unfinished(place)
         with _follow(place, heed):

@@ -260,7 +260,9 @@ def _assumptions(profile: Profile, run: Run, target: Target) -> Iterator[str]:
         size = run.num_train * run.keys * profile.latent_values * (2 if run.config.data.grids_dtype == "float16" else 4)
         yield f"grids (data.grids) take {size / 2**30:.2f} GB more in storage; reading them takes no time"
     if profile.space_seconds:
-        yield "the space is trained by the process that starts raydiff fit, in the time it would take here"
+        yield "the space is trained by the process that starts raydiff fit, in the time it would take here" + (
+            ", or found in data.spaces in no time" if run.config.data.spaces is not None else ""
+        )
     if profile.head_seconds:
         yield "the scorer's head is trained by the process that starts raydiff fit, in the time it would take here"
     if run.workers > 2:

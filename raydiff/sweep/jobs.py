@@ -2,6 +2,7 @@
 
 Everything of a combination lies in one folder, so that whoever takes the work up again finds what was done::
 
+    OUT/spaces/                       spaces that are trained, for all combinations (:mod:`raydiff.fitted_spaces`)
     OUT/trainings/KEY/job.json        the combination
     OUT/trainings/KEY/seed-S/         a run folder per seed, with its checkpoints
     OUT/trainings/KEY/trainings.jsonl one row per network
@@ -29,11 +30,13 @@ from raydiff.crossfit import remove_checkpoints
 from raydiff.detector import DiffusionDetector, load_detector
 from raydiff.errors import ConfigError
 from raydiff.experiment import ARTIFACT, fit_locally, held_out_images
+from raydiff.fitted_spaces import SPACES, seconds_elsewhere
 from raydiff.journal import write_whole
 from raydiff.mirror import Mirror, on_node
 from raydiff.plan import training_scoring
 from raydiff.search_space import Level, SearchSpace
 from raydiff.shards import ShardSet
+from raydiff.storage import Storage
 from raydiff.sweep.evidence import EvidenceCache
 from raydiff.sweep.objectives import measure_setting, step_losses
 from raydiff.sweep_records import (
@@ -102,6 +105,11 @@ class Job:
     def folder(self) -> Path:
         """Where all of it lies."""
         return self.out / self.name
+
+    @property
+    def spaces(self) -> str:
+        """Where spaces that were fitted are kept for all combinations."""
+        return str(self.out / SPACES) if self.store is None else Storage.of(self.store).child(SPACES).uri
 
     def scored(self, params: Mapping[str, Any], seed: int) -> ExperimentConfig:
         """The whole config of a setting."""
@@ -226,6 +234,8 @@ def _trained(
     begun = time.monotonic()
 
     def heed(line: Mapping[str, Any]) -> None:
+        nonlocal before
+        before += seconds_elsewhere(line)
         write_whole(place / _SECONDS, json.dumps({"seconds": before + time.monotonic() - begun}))
         keep()
         if "held_out_loss" in line and "fold" not in line:
@@ -278,7 +288,7 @@ def _spent(place: Path) -> float:
 
 def _local(job: Job) -> Fit:
     def fit(config: ExperimentConfig, place: Path, shards: ShardSet, heed: Callable[[Mapping[str, Any]], None]) -> None:
-        fit_locally(config, place, shards, device=job.device, on_metrics=heed)
+        fit_locally(config, place, shards, device=job.device, on_metrics=heed, spaces=job.spaces)
 
     return fit
 
