@@ -22,6 +22,8 @@ def check_space(name: str, *, channels: int = 1, image_size: tuple[int, int] = (
     with untouched_generators(what):
         if space.num_fit_images:
             space.check()
+            if space.pretrained is not None:
+                require(bool(space.state()), f"{what}: has no pretrained weights in its state after check")
             space.fit(small_images(32, image_size, channels, seed=1)[: space.num_fit_images])
         latents = space.encode(images)
     require(tuple(latents.shape) == (16, *space.shape), f"{what}: encodes to {tuple(latents.shape)}, not {space.shape}")

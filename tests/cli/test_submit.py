@@ -145,6 +145,7 @@ def test_what_is_written_is_what_was_described(project: Path, tmp_path: Path) ->
         (["fit", "configs/nothing.yaml", "--out", "/x"], "configs/nothing.yaml: no such file or folder to send"),
         (["fit", "configs/digits.yaml", "--out", "/x", "--set", "trainning.num_steps=1"], "trainning"),
         (["fit", "configs/digits.yaml", "--out", "/x", "--set", "data.shards=x"], "data.shards x: is relative"),
+        (["fit", "configs/digits.yaml", "--out", "/x", "--set", "data.spaces=x"], "data.spaces x: is relative"),
         (["prepare", "digits"], "prepare needs --out in a job"),
         (["prepare", "folder", "--source", "parts", "--out", "/x"], "source parts: is relative and not sent"),
         (["score", "runs/screw", "/images", "--out", "/x/"], "send it with --include runs/screw"),
