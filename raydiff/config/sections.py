@@ -45,16 +45,13 @@ class DataConfig(Section):
     )
     aligned_width: float = Field(
         1.0, gt=0, le=4, description="of an aligned part: what image_size's width shows, as a share of the image's"
-        " longer side",
-        json_schema_extra=WHERE_SET,
+        " longer side", json_schema_extra=WHERE_SET,
     )  # fmt: skip
     calibration_fraction: float = Field(
-        0.25,
-        ge=0,
-        lt=1,
+        0.25, ge=0, lt=1,
         description="share of the training normals set aside for calibration; 0, for a handful of images: all are"
         " trained on, and the threshold comes from networks that each left some out (see cross_fitting)",
-    )
+    )  # fmt: skip
     split_seed: int = Field(0, ge=0, description="which normals are set aside, and which images a limit keeps")
     max_train_images: int | None = Field(
         None, gt=0, description="at most so many training normals, calibration included; equal shares per class"
@@ -63,10 +60,9 @@ class DataConfig(Section):
         None, gt=0, description="at most so many test images, each class and defect in proportion"
     )
     test_balance: Literal["proportional", "balanced"] = Field(
-        "proportional",
+        "proportional", json_schema_extra=WHERE_SET,
         description="balanced: half of max_test_images are normal where there are enough, the anomalous in proportion",
-        json_schema_extra=WHERE_SET,
-    )
+    )  # fmt: skip
     on_bad_image: Literal["error", "skip"] = Field(
         "error", description="skip: leave an unreadable image out, count it and name it"
     )
@@ -95,7 +91,6 @@ class DataConfig(Section):
         " a network made of them for space feature may take as much again, unless data.grids keeps it",
         json_schema_extra=NO_EFFECT,
     )  # fmt: skip
-
     grids: str | None = Field(
         None,
         description="keep what space feature, latent or rotnet makes of every view of the training images, encoded once"
@@ -110,14 +105,11 @@ class DataConfig(Section):
         " weights slightly",
         json_schema_extra=WHERE_SET,
     )
-
     spaces: str | None = Field(
-        None,
-        description="keep what a space that learns has learnt, for any run that would learn the same, in a folder or"
-        " s3://...; empty: each run fits its own. A benchmark and a sweep have such a folder by themselves, for spaces"
-        " latent and rotnet",
+        None, description="keep what a space that learns has learnt, for all runs that would learn the same, in a"
+        " folder or s3://...; empty: each fits its own, but benchmarks and sweeps have a folder for latent and rotnet",
         json_schema_extra=NO_EFFECT,
-    )
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _check(self) -> Self:
