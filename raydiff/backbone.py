@@ -89,9 +89,10 @@ class Backbone:
     def __init__(self, options: BackboneOptions) -> None:
         self.options = options
         self._network: nn.Module | None = None
-        self._folded: nn.Module | None = None  # the same function: see raydiff.core.fusion
+        self._folded: nn.Module = nn.Identity()  # the same function: see raydiff.core.fusion
         self._compile: Callable[[nn.Module], nn.Module] | None = None
-        self._quick: nn.Module | None = None  # the same again, compiled where it is to be
+        self._quick: nn.Module = nn.Identity()  # the same again, compiled where it is to be
+        self._others: dict[tuple[int, ...], Self] = {}  # by levels
         self._mean, self._std = torch.empty(0), torch.empty(0)
 
     @property
@@ -163,7 +164,6 @@ class Backbone:
     def each(self, images: Tensor, heads: Sequence[tuple[tuple[int, ...], Head]]) -> list[Tensor]:
         """What a call with each head would give, from one pass; a head gets the maps of the levels named with it."""
         self._built()
-        assert self._quick is not None  # noqa: S101
         network = self._quick.to(images.device)
         size = _chunk_size(images)
         with_gradients = torch.is_grad_enabled() and images.requires_grad
@@ -180,9 +180,8 @@ class Backbone:
     def compiled(self, quick: Callable[[nn.Module], nn.Module]) -> Self:
         """A copy that calls ``quick`` of its network; its state is the same."""
         self._built()
-        assert self._folded is not None  # noqa: S101
         other = copy(self)
-        other._compile, other._quick = quick, quick(self._folded)
+        other._compile, other._quick, other._others = quick, quick(self._folded), {}
         return other
 
     def covers(self, other: Backbone) -> bool:
@@ -191,19 +190,19 @@ class Backbone:
             return False
         for mine, its in ((self._folded, other._folded), (self._network, other._network)):
             if mine is None or its is None or not its.state_dict().keys() <= mine.state_dict().keys():
-                return False
+                return False  # cut off sooner, or not folded alike
         state = self.state()
         return all(torch.equal(value, state[key]) for key, value in other.state().items())
 
     def with_levels(self, levels: tuple[int, ...]) -> Self:
-        """The same network, not a copy of it, that gives other levels, none deeper than its deepest."""
-        network, folded = self._built(), self._folded
-        assert folded is not None  # noqa: S101
-        other = copy(self)
-        other.options = self.options.model_copy(update={"levels": levels})
-        other._network, other._folded = (_giving(levels, module) for module in (network, folded))
-        other._quick = other._folded if self._compile is None else self._compile(other._folded)
-        return other
+        """The same network, not a copy of it, that gives other levels, none deeper than its deepest; made once."""
+        if levels not in self._others:
+            other = copy(self)
+            other.options = self.options.model_copy(update={"levels": levels})
+            other._network, other._folded = _giving(levels, self._built()), _giving(levels, self._folded)
+            other._quick, other._others = (self._compile or _as_it_is)(other._folded), {}
+            self._others.setdefault(levels, other)
+        return self._others[levels]
 
     def _normalised(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) as the network was trained on, channels last; grey is repeated."""
@@ -220,7 +219,7 @@ class Backbone:
         self._network = network.eval().requires_grad_(False)
         generator = torch.Generator().manual_seed(keyed_seed("probe"))
         self._folded = folded(network, torch.randn(1, *settings["input_size"], generator=generator))
-        self._compile, self._quick = None, self._folded
+        self._compile, self._quick, self._others = None, self._folded, {}
 
     def _built(self) -> nn.Module:
         if self._network is None:
@@ -309,6 +308,10 @@ def _feature_network(options: BackboneOptions, *, pretrained: bool = False) -> n
         raise ConfigError(
             f"backbone is {options.backbone!r}; it gives no intermediate feature maps, take another model"
         )
+    return network
+
+
+def _as_it_is(network: nn.Module) -> nn.Module:
     return network
 
 

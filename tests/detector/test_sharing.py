@@ -249,6 +249,10 @@ def test_compiled_the_backbone_is_compiled_once(both: EnsembleDetector) -> None:
     found, expected = quick.score(images), both.score(images)
     torch.testing.assert_close(found.image, expected.image, rtol=1e-5, atol=1e-6)
     assert len(graphs) == 3  # two denoisers
+    moved = quick.with_target_fpr(0.3)  # as a live endpoint is asked to: what was compiled is kept
+    assert isinstance(quick, EnsembleDetector)
+    assert isinstance(moved, EnsembleDetector)
+    assert moved._shared[0].backbone is quick._shared[0].backbone
     assert quick.files() == both.files()
 
 
