@@ -186,7 +186,8 @@ class Backbone:
 
     def covers(self, other: Backbone) -> bool:
         """Whether this network, as far as the other one goes, is the other one, weight for weight."""
-        if (self.options.backbone, self._compile) != (other.options.backbone, other._compile):
+        same = (self.options.backbone, self._compile) == (other.options.backbone, other._compile)
+        if not same or self.options.levels[-1] < other.options.levels[-1]:
             return False
         for mine, its in ((self._folded, other._folded), (self._network, other._network)):
             if mine is None or its is None or not its.state_dict().keys() <= mine.state_dict().keys():
@@ -200,7 +201,8 @@ class Backbone:
             other = copy(self)
             other.options = self.options.model_copy(update={"levels": levels})
             other._network, other._folded = _giving(levels, self._built()), _giving(levels, self._folded)
-            other._quick, other._others = (self._compile or _as_it_is)(other._folded), {}
+            other._quick = self._compile(other._folded) if self._compile else other._folded
+            other._others = {}
             self._others.setdefault(levels, other)
         return self._others[levels]
 
@@ -308,10 +310,6 @@ def _feature_network(options: BackboneOptions, *, pretrained: bool = False) -> n
         raise ConfigError(
             f"backbone is {options.backbone!r}; it gives no intermediate feature maps, take another model"
         )
-    return network
-
-
-def _as_it_is(network: nn.Module) -> nn.Module:
     return network
 
 
