@@ -69,10 +69,7 @@ class EnsembleDetector(Detector):
         if len(members) < 2:
             raise ConfigError(f"an ensemble of {len(members)} detector(s); give two or more runs")
         if map_from is not None and not 0 <= map_from < len(members):
-            raise ConfigError(
-                f"the map is to be that of run {map_from + 1}, and there are {len(members)}; give 1 to {len(members)}"
-                " as --map-from"
-            )
+            raise ConfigError(f"--map-from is {map_from + 1}, of {len(members)} runs; give 1 to {len(members)}")
         for member in members:
             if not isinstance(member, DiffusionDetector | BaselineDetector):
                 raise ConfigError(f"{member.name} cannot be in an ensemble; give runs of single detectors")

@@ -82,7 +82,7 @@ def test_the_map_of_one_run_is_scored_and_evaluated(
     (row, *_) = read_results(tmp_path / "both" / "results.jsonl")
     assert row.detector == "mean of unet/denoising_error + isolation_forest, map of 1"
     for number, message in {"0": "not in the range", "2": "isolation_forest, run 2, has no map to show",
-                            "3": "the map is to be that of run 3, and there are 2; give 1 to 2"}.items():  # fmt: skip
+                            "3": "--map-from is 3, of 2 runs; give 1 to 2"}.items():  # fmt: skip
         refused = CliRunner().invoke(main, ["ensemble", *runs, "--out", str(tmp_path / number), "--map-from", number])
         assert refused.exit_code == 2
         assert message in refused.output
