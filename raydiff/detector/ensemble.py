@@ -2,8 +2,7 @@
 
 The members see the same images, each at its own size. What a member's score means is learnt from calibration normals
 alone: its mean and deviation for ``mean`` and ``max`` of z-scores, and for ``fisher`` its p-value (Fisher 1932, sum of
--log p), which for the highest tenth of normals follows an exponential tail fitted to them: empirical p-values end at
-1 / (n + 1), so that all clear anomalies would tie (peaks over threshold: Pickands 1975, doi:10.1214/aos/1176343003).
+-log p), see :mod:`raydiff.core.surprise`.
 Maps are combined as z-scores of their pixels; or the map is one member's, where levels or sizes that serve the verdict
 blur the place.
 """
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from raydiff.contracts import Scores
+from raydiff.core.surprise import surprise
 from raydiff.detector.baseline import BaselineDetector
 from raydiff.detector.contract import Detector, with_peaks
 from raydiff.detector.diffusion import DiffusionDetector
@@ -35,8 +35,6 @@ Combine = Literal["mean", "max", "fisher"]
 
 _T = TypeVar("_T")
 
-_TAIL = 0.1
-"""Share of normals whose scores are an exponential tail."""
 _TOGETHER = 64
 """Images whose maps are held at once."""
 _LEAST = 4
@@ -223,7 +221,7 @@ class EnsembleDetector(Detector):
         for number, part in enumerate(parts):
             values = part.image.double().cpu()
             if self.combine == "fisher":
-                columns.append(_surprise(values, statistics["scores"][number]))
+                columns.append(surprise(values, statistics["scores"][number]))
             else:
                 columns.append((values - scales[number, 0]) / scales[number, 1])
         image = _together(torch.stack(columns), self.combine)
@@ -353,25 +351,6 @@ def _together(values: Tensor, combine: Combine) -> Tensor:
     if combine == "max":
         return values.amax(0)
     return values.mean(0) if combine == "mean" else values.sum(0)
-
-
-def _surprise(values: Tensor, normals: Tensor) -> Tensor:
-    """-log of the share of normals that score as high, float64 (B,), from the sorted scores of normals (n,).
-
-    Interpolated between normals, and linear, which is exponential in p, above the highest tenth and below the lowest.
-    """
-    known = normals.numpy()
-    count = len(known)
-    cut = min(count - 2, max(0, round((1 - _TAIL) * count) - 1))
-    knots = known[: cut + 1]
-    heights = -np.log((count - np.arange(cut + 1) - 0.5) / count)
-    excess = max(float((known[cut + 1 :] - known[cut]).mean()), 1e-12)
-    given = values.numpy()
-    inside = np.interp(given, knots, heights)
-    above = heights[-1] + (given - knots[-1]) / excess
-    spread = max(float(known.std()), 1e-12)
-    below = heights[0] + (given - knots[0]) / (spread * count)  # rises slowly: what is very normal still has an order
-    return torch.from_numpy(np.where(given > knots[-1], above, np.where(given < knots[0], below, inside)))
 
 
 def _shown(member: Detector) -> tuple[float, float] | None:
