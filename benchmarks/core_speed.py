@@ -1,6 +1,6 @@
 """The core beside the same networks run the plain diffusers way, in one process, as ratios; on a CPU or a GPU.
 
-    python -m benchmarks.core_speed [--device cuda] [--only training scoring] [--turns 5]
+    python -m benchmarks.core_speed [--device cuda] [--only training scoring ensemble] [--turns 5]
 
 **Training**: images/s of raydiff's loop (seeded noise per image, bfloat16, averaged weights, metrics; and the same
 compiled) over a loop as in diffusers' own training example (``UNet2DModel`` or ``DiTTransformer2DModel``, float32,
@@ -8,7 +8,8 @@ compiled) over a loop as in diffusers' own training example (``UNet2DModel`` or 
 model's own operations take (MFU: forward and backward FLOPs as torch counts them, without anything computed twice).
 **Scoring**: milliseconds per image of ``Detector.predict`` at 256 px, from float images to scores and maps, over the
 same networks called the plain way in float32 (timm's features, scheduler, denoiser, step after step), and ONNX Runtime
-on a CPU. Weights are fresh: speed does not depend on them.
+on a CPU. **Ensemble**: ``Detector.predict`` of ``fine`` and ``deep`` of benchmarks.pyramid, and of both as one, with
+the backbone called once for both and once for each. Weights are fresh: speed does not depend on them.
 
 Turns alternate between the variants, so that a busy machine slows all of them; ratios are taken per turn. On a GPU
 the networks have published sizes (DDPM's U-Net at 32 px, DiT-B/16 at 256 px), on a CPU smaller ones.
@@ -21,7 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from torch.nn import functional
 
 from raydiff.compiling import compiled
 from raydiff.config import ExperimentConfig
-from raydiff.detector import DiffusionDetector
+from raydiff.contracts import Scores
+from raydiff.detector import DiffusionDetector, EnsembleDetector
 from raydiff.exported import load_exported
 from raydiff.exporting import export
 from raydiff.images import to_tensor
@@ -43,11 +45,19 @@ from raydiff.shards import TrainingBatch
 from raydiff.training import HeldOut, train
 
 T = 1000
+PARTS = ("training", "scoring", "ensemble")
 FEATURES = {
     "space": {"name": "feature"},
     "denoiser": {"name": "convnet", "width": 192, "num_blocks": 5},
     "objective": {"prediction_type": "sample"},
     "scoring": {"name": "denoising_error", "num_inference_steps": 1, "start": 0.6, "stop": 0.7},
+}
+CLEAN = {"name": "denoising_error", "start_from": "clean", "num_inference_steps": 1, "start": 0.7, "stop": 0.8,
+         "normalise": "pixel", "blur": 0, "pooling": "top_k", "pooling_share": 0.03}  # fmt: skip
+FINE = FEATURES | {"scoring": CLEAN}
+DEEP = FINE | {
+    "space": {"name": "feature", "levels": (3, 4), "neighbourhood": 3, "num_components": 256},
+    "denoiser": {"name": "convnet", "width": 192, "num_blocks": 5, "kernel_size": 1},
 }
 
 
@@ -193,13 +203,14 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def timed(call: Callable[[], object], device: str) -> float:
-    """Seconds of one call, the device waited for."""
+def timed(call: Callable[[], object], device: str, *, processor: bool = False) -> float:
+    """Seconds of one call, the device waited for; or what the process' threads took of the processors."""
+    clock = time.process_time if processor else time.perf_counter
     synchronise(device)
-    begun = time.perf_counter()
+    begun = clock()
     call()
     synchronise(device)
-    return time.perf_counter() - begun
+    return clock() - begun
 
 
 def training(device: str, turns: int, steps: int) -> None:
@@ -226,10 +237,10 @@ def training(device: str, turns: int, steps: int) -> None:
     print(f"\nbfloat16 peak {limit / 1e12:.2f} TFLOP/s")
 
 
-def scorer(device: str) -> DiffusionDetector:
-    """The detector of examples/configs/photographs.yaml at 256 px, with fresh weights, calibrated on noise."""
+def scorer(device: str, features: Mapping[str, Any] = FEATURES) -> DiffusionDetector:
+    """The detector of examples/configs/photographs.yaml, or another, at 256 px: fresh weights, calibrated on noise."""
     fields = {"data": {"dataset": {"name": "folder", "source": "none"}, "image_size": (256, 256), "channels": 3}}
-    config = ExperimentConfig.model_validate(fields | FEATURES)
+    config = ExperimentConfig.model_validate({**fields, **features})
     images = to_tensor(some_images(8, 256))
     detector = DiffusionDetector.create(config, num_classes=1, device=device)
     detector.space.fit(images.to(device))
@@ -276,17 +287,58 @@ def scoring(device: str, turns: int) -> None:
             variants["ONNX Runtime"] = load_exported(Path(folder) / "detector.onnx").predict
         print(f"\n| scoring at 256 px, {device} | batch | ms/image | over timm and diffusers |\n|---|---|---|---|")
         for size in (1, 64 if device != "cpu" else 16):
-            images = to_tensor(some_images(size, 256))
-            found: dict[str, list[float]] = {name: [] for name in variants}
-            for turn in range(turns + 1):
-                for name, call in variants.items():
-                    seconds = timed(lambda call=call, images=images: call(images), device)  # type: ignore[misc]
-                    if turn:
-                        found[name].append(1000 * seconds / size)
+            found = milliseconds(variants, size, device, turns)
             slow = found["timm and diffusers, float32"]
             for name, taken in found.items():
                 ratios = [a / b for a, b in zip(slow, taken, strict=True)]
                 print(f"| {name} | {size} | {spread(taken, '.2f')} | {spread(ratios, '.2f')} |", flush=True)
+
+
+class Apart(EnsembleDetector):
+    """An ensemble whose members each call their own backbone."""
+
+    def _score(self, images: Tensor) -> Scores:
+        return self.combined([member.score(images) for member in self.members])
+
+
+def ensemble(device: str, turns: int) -> None:
+    fine, deep = scorer(device, FINE), scorer(device, DEEP)
+    both = EnsembleDetector.create([fine, deep], "mean", {}).calibrate(to_tensor(some_images(8, 256)))
+    apart = Apart(**{entry.name: getattr(both, entry.name) for entry in fields(both)})
+    images = to_tensor(some_images(3, 256))
+    assert device != "cpu" or torch.equal(both.score(images).image, apart.score(images).image)
+    variants: dict[str, Callable[[Tensor], object]] = {
+        "fine": fine.predict, "deep": deep.predict, "both, one backbone": both.predict, "both, two": apart.predict,
+    }  # fmt: skip
+    print(
+        f"\n| ensemble at 256 px, {device} | batch | ms/image | processor ms/image | of fine's | of both's with two |"
+    )
+    print("|---|---|---|---|---|---|")
+    for size in (1, 8):
+        clocks = (
+            milliseconds(variants, size, device, turns),
+            milliseconds(variants, size, device, turns, processor=True),
+        )
+        compared = clocks[device == "cpu"]  # what else the machine does is not in a processor's time
+        for name, taken in compared.items():
+            times = [spread(clock[name], ".1f") for clock in clocks]
+            ratios = [[a / b for a, b in zip(taken, compared[base], strict=True)] for base in ("fine", "both, two")]
+            cells = times + [spread(ratio, ".2f") for ratio in ratios]
+            print(f"| {name} | {size} | {' | '.join(cells)} |", flush=True)
+
+
+def milliseconds(
+    variants: Mapping[str, Callable[[Tensor], object]], size: int, device: str, turns: int, *, processor: bool = False
+) -> dict[str, list[float]]:
+    """Per image of a batch, by the clock or the processor's, of each variant in every turn but the first, a warm-up."""
+    images = to_tensor(some_images(size, 256))
+    found: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(turns + 1):
+        for name, call in variants.items():
+            seconds = timed(lambda call=call: call(images), device, processor=processor)  # type: ignore[misc]
+            if turn:
+                found[name].append(1000 * seconds / size)
+    return found
 
 
 def spread(values: list[float], form: str) -> str:
@@ -296,7 +348,7 @@ def spread(values: list[float], form: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", nargs="+", choices=("training", "scoring"), default=("training", "scoring"))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--steps", type=int, help="per turn and variant; by default 30 on a CPU, 150 on a GPU")
     arguments = parser.parse_args()
@@ -306,6 +358,8 @@ def main() -> None:
         training(arguments.device, arguments.turns, arguments.steps or (30 if arguments.device == "cpu" else 150))
     if "scoring" in arguments.only:
         scoring(arguments.device, max(9, arguments.turns))
+    if "ensemble" in arguments.only:
+        ensemble(arguments.device, max(15, arguments.turns))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@
 Each ``BENCHMARK`` is the output folder of ``raydiff benchmark examples/suites/industrial.yaml`` (several where it was
 run in parts). For every category and seed of which it trained ``features`` (levels 1 to 3, convolutions) and ``deep``
 (levels 3 and 4, an MLP per cell), both are asked from a clean start, put together as ``raydiff ensemble`` does (mean of
-z-scores of calibration normals), and scored on the test split. The rows of patch-kNN are those of the suite: the same
-images, the same backbone, one row per seed. Differences: over categories, seeds and images, paired. ``RESULTS``, a JSON
-lines file, keeps what is scored: run again, it is not scored again, and ``raydiff report`` draws it.
+z-scores of calibration normals; ``both, fine map`` shows the fine one's map, as with ``--map-from 1``), and scored on
+the test split. The rows of patch-kNN are those of the suite: the same images, the same backbone, one row per seed.
+Differences: over categories, seeds and images, paired. ``RESULTS``, a JSON lines file, keeps what is scored: run again,
+it is not scored again, and ``raydiff report`` draws it. What both cost: ``benchmarks.core_speed --only ensemble``.
 """
 
 from __future__ import annotations
@@ -63,13 +64,14 @@ def trained(folders: Iterable[Path]) -> dict[Key, dict[str, DiffusionDetector]]:
 
 
 def measured(key: Key, members: Mapping[str, DiffusionDetector], shards: ShardSet, count: int) -> list[Evaluation]:
-    """Fine, deep and both, at so many evaluations each."""
+    """Fine, deep and both, with the maps of both and with fine's, at so many evaluations each."""
     options = component_options("scorers", scoring(count))
     asked = {name: calibrated(member.with_scoring(options), shards) for name, member in members.items()}
-    both = ensemble_of([asked["fine"], asked["deep"]], shards)
+    pair = [asked["fine"], asked["deep"]]
+    found = {**asked, "both": ensemble_of(pair, shards), "both, fine map": ensemble_of(pair, shards, map_from=0)}
     return [
         evaluate(detector, shards, num_pictures=0, name=f"{name} x {count}", dataset=key[0], num_draws=200)
-        for name, detector in (*asked.items(), ("both", both))
+        for name, detector in found.items()
     ]
 
 
@@ -106,7 +108,7 @@ def main() -> None:
         ours[found.rows[0].detector][found.rows[0].dataset, found.rows[0].seed] = found
     for key, members in sorted(trained(arguments.benchmarks).items()):
         for count in arguments.evaluations:
-            if len(members) < 2 or key in ours[f"both x {count}"]:
+            if len(members) < 2 or key in ours[f"both, fine map x {count}"]:
                 continue
             rows = measured(key, members, shards_of(members["fine"], arguments.benchmarks), count)
             save_evaluations(arguments.out, rows)

@@ -10,7 +10,7 @@ projection, is part of the call: see :mod:`raydiff.core.chunks`.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from raydiff import registry
 from raydiff.config import Section
-from raydiff.core.chunks import by_chunks
+from raydiff.core.chunks import each_by_chunks
 from raydiff.core.diffusion import full_precision, keyed_seed
 from raydiff.core.fusion import folded
 from raydiff.errors import ArtifactError, ConfigError, RaydiffError
@@ -32,6 +32,7 @@ __all__ = [
     "BackboneOptions",
     "FeatureMaps",
     "Grid",
+    "Head",
     "averaged",
     "bounded",
     "grid_size",
@@ -42,6 +43,9 @@ __all__ = [
 
 FeatureMaps = list[Tensor]
 """One (B, C_l, h_l, w_l) per level, finest first."""
+
+Head = Callable[[FeatureMaps], Tensor]
+"""What follows the network: maps of some images to (B, ...), row by row."""
 
 _Side = Annotated[int, Field(ge=1)]
 
@@ -85,7 +89,10 @@ class Backbone:
     def __init__(self, options: BackboneOptions) -> None:
         self.options = options
         self._network: nn.Module | None = None
-        self._quick: nn.Module | None = None  # the same function, folded: see raydiff.core.fusion
+        self._folded: nn.Module = nn.Identity()  # the same function: see raydiff.core.fusion
+        self._compile: Callable[[nn.Module], nn.Module] | None = None
+        self._quick: nn.Module = nn.Identity()  # the same again, compiled where it is to be
+        self._others: dict[tuple[int, ...], Self] = {}  # by levels
         self._mean, self._std = torch.empty(0), torch.empty(0)
 
     @property
@@ -145,34 +152,59 @@ class Backbone:
             raise ArtifactError(message) from error
         self._take(network)
 
-    def __call__(self, images: Tensor, head: Callable[[FeatureMaps], Tensor]) -> Tensor:
+    def __call__(self, images: Tensor, head: Head) -> Tensor:
         """``head`` of the feature maps, for images (B, 1 or 3, H, W) in [-1, 1]; on their device.
 
         ``head`` turns the maps of one chunk, always of the same shapes, into (chunk, ...), row by row. So row i of the
         result depends on ``images[i]`` alone, bit for bit on a CPU. Gradients flow back to images that ask for them. On
         a CPU with several threads ``head`` is called in several at a time.
         """
+        return self.each(images, [(self.options.levels, head)])[0]
+
+    def each(self, images: Tensor, heads: Sequence[tuple[tuple[int, ...], Head]]) -> list[Tensor]:
+        """What a call with each head would give, from one pass; a head gets the maps of the levels named with it."""
         self._built()
-        assert self._quick is not None  # noqa: S101
         network = self._quick.to(images.device)
         size = _chunk_size(images)
         with_gradients = torch.is_grad_enabled() and images.requires_grad
 
-        def call(chunk: Tensor) -> Tensor:
+        def call(chunk: Tensor) -> list[Tensor]:
             with torch.set_grad_enabled(with_gradients), full_precision(chunk.device):
-                return head(list(network(self._normalised(chunk))))
+                maps = dict(zip(self.options.levels, network(self._normalised(chunk)), strict=True))
+                return [head([maps[level] for level in levels]) for levels, head in heads]
 
-        if images.shape[0] == 0:  # the shape is wanted
-            return call(images.new_zeros(size, *images.shape[1:]))[:0]
-        return by_chunks(call, size, images, device=images.device)
+        if images.shape[0] == 0:  # the shapes are wanted
+            return [part[:0] for part in call(images.new_zeros(size, *images.shape[1:]))]
+        return each_by_chunks(call, size, images, device=images.device)
 
     def compiled(self, quick: Callable[[nn.Module], nn.Module]) -> Self:
         """A copy that calls ``quick`` of its network; its state is the same."""
         self._built()
-        assert self._quick is not None  # noqa: S101
         other = copy(self)
-        other._quick = quick(self._quick)
+        other._compile, other._quick, other._others = quick, quick(self._folded), {}
         return other
+
+    def covers(self, other: Backbone) -> bool:
+        """Whether this network, as far as the other one goes, is the other one, weight for weight."""
+        same = (self.options.backbone, self._compile) == (other.options.backbone, other._compile)
+        if not same or self.options.levels[-1] < other.options.levels[-1]:
+            return False
+        for mine, its in ((self._folded, other._folded), (self._network, other._network)):
+            if mine is None or its is None or not its.state_dict().keys() <= mine.state_dict().keys():
+                return False  # cut off sooner, or not folded alike
+        state = self.state()
+        return all(torch.equal(value, state[key]) for key, value in other.state().items())
+
+    def with_levels(self, levels: tuple[int, ...]) -> Self:
+        """The same network, not a copy of it, that gives other levels, none deeper than its deepest; made once."""
+        if levels not in self._others:
+            other = copy(self)
+            other.options = self.options.model_copy(update={"levels": levels})
+            other._network, other._folded = _giving(levels, self._built()), _giving(levels, self._folded)
+            other._quick = self._compile(other._folded) if self._compile else other._folded
+            other._others = {}
+            self._others.setdefault(levels, other)
+        return self._others[levels]
 
     def _normalised(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) as the network was trained on, channels last; grey is repeated."""
@@ -188,7 +220,8 @@ class Backbone:
         self._std = torch.tensor(settings["std"])[:, None, None]
         self._network = network.eval().requires_grad_(False)
         generator = torch.Generator().manual_seed(keyed_seed("probe"))
-        self._quick = folded(network, torch.randn(1, *settings["input_size"], generator=generator))
+        self._folded = folded(network, torch.randn(1, *settings["input_size"], generator=generator))
+        self._compile, self._quick, self._others = None, self._folded, {}
 
     def _built(self) -> nn.Module:
         if self._network is None:
@@ -278,6 +311,14 @@ def _feature_network(options: BackboneOptions, *, pretrained: bool = False) -> n
             f"backbone is {options.backbone!r}; it gives no intermediate feature maps, take another model"
         )
     return network
+
+
+def _giving(levels: tuple[int, ...], network: nn.Module) -> nn.Module:
+    """A timm getter of other levels of the same modules."""
+    other = copy(network)
+    other.out_indices = list(levels)  # type: ignore[assignment]
+    other.feature_info = network.feature_info.from_other(levels)  # type: ignore[union-attr,operator]
+    return other
 
 
 def _from_hub(options: BackboneOptions) -> nn.Module:

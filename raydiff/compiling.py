@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from raydiff.contracts import CompilableSpace
-from raydiff.detector import Detector, DiffusionDetector
+from raydiff.detector import Detector, DiffusionDetector, EnsembleDetector
 from raydiff.errors import ConfigError, RaydiffError
 from raydiff.exported import TOLERANCE
 from raydiff.images import to_tensor
@@ -90,25 +90,30 @@ class _Graph:
         return found.clone() if isinstance(found, Tensor) else [part.clone() for part in found]
 
 
-def compiled(detector: Detector, *, backend: str | Callable[..., Any] = "inductor") -> DiffusionDetector:
+def compiled(detector: Detector, *, backend: str | Callable[..., Any] = "inductor") -> Detector:
     """The detector with its denoiser, and its space's network where there is one, compiled and tried.
 
     Args:
-        detector: a diffusion model, calibrated; it is left as it is.
+        detector: a diffusion model, calibrated, or an ensemble, whose diffusion models are compiled, a backbone that
+            they share once; it is left as it is.
         backend: of ``torch.compile``.
 
     Raises:
-        ConfigError: it is no diffusion model, or there is no compiler here that torch can use.
+        ConfigError: it is or holds no diffusion model, or there is no compiler here that torch can use.
         RaydiffError: compiled it scores otherwise, by more than :data:`raydiff.exported.TOLERANCE`.
     """
-    if not isinstance(detector, DiffusionDetector):
-        raise ConfigError(f"{detector.name}: only diffusion models are compiled; leave --compile out")
 
     def quick(network: nn.Module) -> nn.Module:
         return _Compiled(network, backend)
 
-    space = detector.space.compiled(quick) if isinstance(detector.space, CompilableSpace) else detector.space
-    twin = replace(detector, network=quick(detector.network), space=space)
+    twin: Detector
+    if isinstance(detector, DiffusionDetector):
+        twin = _twin(detector, quick)
+    elif isinstance(detector, EnsembleDetector) and any(isinstance(one, DiffusionDetector) for one in detector.members):
+        quicker = (_twin(one, quick) if isinstance(one, DiffusionDetector) else one for one in detector.members)
+        twin = replace(detector, members=tuple(quicker))
+    else:
+        raise ConfigError(f"{detector.name}: only diffusion models are compiled; leave --compile out")
     try:  # PyTorch counts what one class of network was compiled for, over all artefacts that a process ever had
         with torch._dynamo.config.patch(recompile_limit=_MOST_SHAPES, fail_on_recompile_limit_hit=True):
             _check(detector, twin)
@@ -118,7 +123,12 @@ def compiled(detector: Detector, *, backend: str | Callable[..., Any] = "inducto
     return twin
 
 
-def _check(detector: DiffusionDetector, twin: DiffusionDetector) -> None:
+def _twin(detector: DiffusionDetector, quick: Callable[[nn.Module], nn.Module]) -> DiffusionDetector:
+    space = detector.space.compiled(quick) if isinstance(detector.space, CompilableSpace) else detector.space
+    return replace(detector, network=quick(detector.network), space=space)
+
+
+def _check(detector: Detector, twin: Detector) -> None:
     """Score grey, noise and a ramp both ways; the first call of the twin compiles."""
     shape = (*detector.config.data.image_size, detector.config.data.channels)
     noise = np.random.default_rng(0).integers(0, 256, shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,12 @@ __all__ = ["ensemble_of"]
 
 
 def ensemble_of(
-    members: Sequence[Detector], shards: ShardSet, *, combine: Combine = "mean", target_fpr: float | None = None
+    members: Sequence[Detector],
+    shards: ShardSet,
+    *,
+    combine: Combine = "mean",
+    target_fpr: float | None = None,
+    map_from: int | None = None,
 ) -> EnsembleDetector:
     """The detectors as one, calibrated on the calibration split of the data that all of them were trained on.
 
@@ -28,12 +34,13 @@ def ensemble_of(
         shards: that data.
         combine: ``mean`` or ``max`` of z-scores, or ``fisher``, the sum of -log p.
         target_fpr: of the threshold; the first member's by default.
+        map_from: which member's map, and mask, is the ensemble's, from 0; all members' maps combined by default.
 
     Raises:
-        ConfigError: the members cannot be put together.
+        ConfigError: the members cannot be put together, or there is no such member or it has no map.
         DataError: they were trained on other images than these, or no image was set aside.
     """
-    ensemble = EnsembleDetector.create(members, combine, _provenance(members))
+    ensemble = EnsembleDetector.create(members, combine, _provenance(members), map_from)
     for member in members:
         trained_on = member.provenance.get("data_digest")
         if trained_on != shards.normal_digest:
@@ -50,10 +57,7 @@ def ensemble_of(
     changes: dict[str, Any] = {"data.shards": shards.uri}
     if target_fpr is not None:
         changes["calibration.target_fpr"] = target_fpr
-    ready = EnsembleDetector(
-        config=ensemble.config.override(changes), provenance=ensemble.provenance, members=ensemble.members,
-        combine=combine,
-    )  # fmt: skip
+    ready = replace(ensemble, config=ensemble.config.override(changes))
     return ready.calibrate(_trusted(ready, shards), data_digest=shards.normal_digest)
 
 

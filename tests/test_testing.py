@@ -17,6 +17,7 @@ from raydiff.core.schedule import make_schedule, predict_epsilon, predict_x0
 from raydiff.images import encode_png, to_uint8
 from raydiff.judgement import Judge, JudgeOptions
 from raydiff.scorers._steps import at_steps
+from raydiff.spaces import feature
 from raydiff.testing import CorrectingOracle, OracleDenoiser, check_dataset, planted_defect, small_images
 
 # --- the oracle -------------------------------------------------------------------------------------------------------
@@ -384,6 +385,14 @@ def test_a_denoiser_that_does_not_hear_the_step_is_caught(plant):
     plant("denoisers", lambda options, channels, image_size, num_classes: Deaf(channels))
     with pytest.raises(AssertionError, match="denoiser 'planted': the step does not change the output"):
         testing.check_denoiser("planted")
+
+
+def test_a_space_whose_head_sees_something_else_is_caught(monkeypatch):
+    fields = {"backbone": "tf_efficientnet_lite0", "levels": [1], "num_components": 4, "grid": 8}
+    plain = feature.FeatureSpace.encode
+    monkeypatch.setattr(feature.FeatureSpace, "encode", lambda space, images: 2 * plain(space, images))
+    with pytest.raises(AssertionError, match="encodes otherwise than its head sees"):
+        testing.check_space("feature", image_size=(32, 32), **fields)
 
 
 def test_a_space_that_leaves_the_range_is_caught(plant):

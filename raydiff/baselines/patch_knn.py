@@ -22,7 +22,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
-from raydiff.backbone import Backbone, BackboneOptions, FeatureMaps, Grid, averaged, bounded, grid_size, joined
+from raydiff.backbone import Backbone, BackboneOptions, FeatureMaps, Grid, Head, averaged, bounded, grid_size, joined
 from raydiff.config import Options as BaseOptions
 from raydiff.contracts import Scores
 from raydiff.core.diffusion import keyed_seed
@@ -111,10 +111,23 @@ class PatchKNN:
             ShapeError: the images have another size or channel count than the training images.
         """
         self._check_images(images)
-        if not len(images):
-            return Scores(torch.empty(0), torch.empty(0, 1, *images.shape[2:]))
-        patches = self._patches(images.detach())  # (B, h, w, D)
-        rows = [self._score_one(image_patches) for image_patches in patches]
+        images = images.detach()
+        return self.scored(self._backbone(images, self.head(images)))
+
+    @property
+    def backbone(self) -> Backbone:
+        """The frozen network."""
+        return self._backbone
+
+    def head(self, images: Tensor) -> Head:
+        """Patches of maps, (B, h, w, D)."""
+        return partial(_patch_features, self._grid(images))
+
+    def scored(self, seen: Tensor) -> Scores:
+        """:meth:`score` of images from what the backbone's call with :meth:`head` gave."""
+        if not len(seen):
+            return Scores(torch.empty(0), torch.empty(0, 1, *self._image_shape[1:]))
+        rows = [self._score_one(patches) for patches in self._scaled(seen)]
         return Scores(torch.stack([score for score, _ in rows]), torch.stack([heat for _, heat in rows]))
 
     def surrogate(self, images: Tensor) -> Tensor:
@@ -160,8 +173,11 @@ class PatchKNN:
 
     def _patches(self, images: Tensor) -> Tensor:
         """(B, h, w, D), z-scored."""
-        cells = self._backbone(images, partial(_patch_features, self._grid(images)))
-        return (cells - self._shift.to(images)) / self._scale.to(images)
+        return self._scaled(self._backbone(images, self.head(images)))
+
+    def _scaled(self, patches: Tensor) -> Tensor:
+        """Z-scored."""
+        return (patches - self._shift.to(patches)) / self._scale.to(patches)
 
     def _distances(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Distance to the nearest in the bank (P,), and which one it is (P,), from one image's patches (P, D).

@@ -20,16 +20,28 @@ __all__ = ["ensemble"]
     "--combine", type=click.Choice(["mean", "max", "fisher"]), default="mean", show_default=True,
     help="Of the members' z-scores the mean or the highest; or the sum of -log p.",
 )  # fmt: skip
+@click.option(
+    "--map-from", type=click.IntRange(min=1), metavar="N",
+    help="Show the map of the N-th RUN alone, with a mask of its own [all maps, combined].",
+)  # fmt: skip
 @click.option("--target-fpr", type=float, help="Of the threshold [the first run's].")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
-def ensemble(runs: Sequence[Path | str], out: Path | str, combine: str, target_fpr: float | None, device: str) -> None:
+def ensemble(
+    runs: Sequence[Path | str],
+    out: Path | str,
+    combine: str,
+    map_from: int | None,
+    target_fpr: float | None,
+    device: str,
+) -> None:
     """Put several runs' detectors together: one artefact, which score, evaluate and serve take.
 
     RUNs are runs or artefacts, baselines too, trained on the same images; what their scores mean is learnt from the
-    calibration normals alone.
+    calibration normals alone. Members with the same frozen backbone call it once.
 
     \b
     raydiff ensemble runs/features runs/pixels --out runs/both
+    raydiff ensemble runs/fine runs/deep --out runs/both --map-from 1
     raydiff ensemble runs/features results/baselines/patch_knn --out runs/both --combine fisher
     """  # noqa: D301
     from raydiff.cli.fitting import say_fitted
@@ -44,6 +56,9 @@ def ensemble(runs: Sequence[Path | str], out: Path | str, combine: str, target_f
     saved = [artifact_place(run) for run in runs]
     members = [load_detector(place, device=device) for place in saved]
     shards = shards_of(members[0].config, saved[0].parent)
-    found = ensemble_of(members, shards, combine=combine, target_fpr=target_fpr)  # type: ignore[arg-type]
+    found = ensemble_of(
+        members, shards, combine=combine, target_fpr=target_fpr,  # type: ignore[arg-type]
+        map_from=None if map_from is None else map_from - 1,
+    )  # fmt: skip
     click.echo(f"ensemble of {len(members)}: {found.name}")
     say_fitted(found.save(run_dir / ARTIFACT), run_dir)

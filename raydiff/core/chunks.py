@@ -10,7 +10,7 @@ is part of the call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,7 +19,7 @@ from threading import Barrier, Lock, Thread, current_thread
 import torch
 from torch import Tensor
 
-__all__ = ["by_chunks", "in_one_call"]
+__all__ = ["by_chunks", "each_by_chunks", "in_one_call"]
 
 
 _whole: ContextVar[bool] = ContextVar("_whole", default=False)
@@ -48,18 +48,25 @@ def by_chunks(function: Callable[..., Tensor], size: int, *rows: Tensor, device:
         rows: (N, ...) each, N at least 1.
         device: where the function computes.
     """
+    return each_by_chunks(lambda *parts: [function(*parts)], size, *rows, device=device)[0]
+
+
+def each_by_chunks(
+    function: Callable[..., Sequence[Tensor]], size: int, *rows: Tensor, device: torch.device | str
+) -> list[Tensor]:
+    """:func:`by_chunks` of a function that gives several tensors, (size, ...) each: as many, (N, ...) each."""
     if _whole.get():
-        return function(*rows)
+        return list(function(*rows))
     starts = range(0, len(rows[0]), size)
     threads = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
 
-    def call(start: int) -> Tensor:
+    def call(start: int) -> list[Tensor]:
         count = min(size, len(rows[0]) - start)
-        return function(*(_filled(tensor[start : start + size], size) for tensor in rows))[:count]
+        found = function(*(_filled(tensor[start : start + size], size) for tensor in rows))
+        return [part[:count] for part in found]
 
-    if threads == 1:
-        return torch.cat([call(start) for start in starts])
-    return torch.cat(list(_pools.of(threads).map(call, starts)))
+    parts = map(call, starts) if threads == 1 else _pools.of(threads).map(call, starts)
+    return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
 def _filled(tensor: Tensor, size: int) -> Tensor:

@@ -5,10 +5,9 @@
 
 A detector is immutable and its methods may be called from several threads: ``calibrate`` returns a new one.
 
-``contract`` says what all of them share, ``diffusion`` and ``baseline`` are the two kinds and ``ensemble`` is several
-of them, ``building`` makes the parts
-of the first from a config, ``tiles`` lets one score images larger than what its model sees, and ``loading`` reads
-either from its artefact.
+``contract`` says what all of them share, ``diffusion`` and ``baseline`` are the two kinds, ``ensemble`` is several of
+them and ``sharing`` lets those call one frozen network once, ``building`` makes the parts of the first from a config,
+``tiles`` lets one score images larger than what its model sees, and ``loading`` reads any of them from its artefact.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from raydiff.config import ExperimentConfig, Options
 from raydiff.contracts import Baseline, Scores
 from raydiff.core.calibration import Origin
 from raydiff.detector.contract import Detector, with_peaks
+from raydiff.detector.sharing import BaselineOnBackbone, OnBackbone
 from raydiff.detector.tiles import Tiles
 
 __all__ = ["BaselineDetector"]
@@ -98,15 +99,38 @@ class BaselineDetector(Detector):
         """Of tiles: the joined map of theirs, or of their scores where there is none, and its highest value."""
         if self.tiles is None:
             return self.baseline.score(images)
-        maps = self.tiles.evidence(self._map_of, images)  # (B, 1, H', W')
-        return Scores(maps.flatten(1).amax(1), self.tiles.enlarged(maps))
+        return self.joined(self.tiles.evidence(lambda tiles: _map_of(self.baseline.score(tiles)), images))
 
-    def _map_of(self, tiles: Tensor) -> Tensor:
-        scores = self.baseline.score(tiles)
-        return scores.image[:, None, None, None] if scores.map is None else scores.map
+    @property
+    def device(self) -> str:
+        """``cpu``, wherever the members of an ensemble are."""
+        return "cpu"
+
+    @property
+    def eye(self) -> OnBackbone | None:
+        """The baseline, where it sees images through a backbone alone and can go on from what it sees."""
+        return self.baseline if isinstance(self.baseline, BaselineOnBackbone) else None
+
+    def measured(self, seen: Tensor) -> Tensor:
+        """Maps of tiles, (b, 1, h, w), from what the baseline saw of them."""
+        return _map_of(self.scored(seen))
+
+    def scored(self, seen: Tensor) -> Scores:
+        """Scores of whole images, or of tiles, from what the baseline saw of them."""
+        assert isinstance(self.baseline, BaselineOnBackbone)  # noqa: S101
+        return self.baseline.scored(seen)
+
+    def joined(self, evidence: Tensor) -> Scores:
+        """Scores of images from their tiles' maps, joined, (B, 1, H', W')."""
+        assert self.tiles is not None  # noqa: S101
+        return Scores(evidence.flatten(1).amax(1), self.tiles.enlarged(evidence))
 
     def _describe(self) -> dict[str, Any]:
         return {"kind": "baseline", "baseline": self.options.model_dump(mode="json")}
 
     def _weights(self) -> dict[str, Tensor]:
         return self.baseline.state()
+
+
+def _map_of(scores: Scores) -> Tensor:
+    return scores.image[:, None, None, None] if scores.map is None else scores.map

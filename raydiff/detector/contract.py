@@ -20,7 +20,7 @@ from raydiff.errors import ConfigError, NotCalibratedError, ScoreError, ShapeErr
 from raydiff.images import ImageSpec
 from raydiff.storage import Storage
 
-__all__ = ["Detector", "with_peaks"]
+__all__ = ["Detector", "finite", "with_peaks"]
 
 _FEW_IMAGES = 20
 """So many calibration images are needed for a threshold at a false-positive rate of 5 %."""
@@ -73,10 +73,7 @@ class Detector(ABC):
             ScoreError: a score is NaN or infinite; the message gives its index.
         """
         self._check_images(images)
-        scores = self._score(images)
-        if bad := _first_not_finite(scores):
-            raise ScoreError(f"the score of image {bad - 1} in the batch is not finite; the model may have diverged")
-        return scores
+        return finite(self._score(images))
 
     def predict(self, images: Tensor) -> Prediction:
         """Scores, verdicts at the calibrated threshold and p-values (no reconstruction).
@@ -290,6 +287,17 @@ class Detector(ABC):
 def with_peaks(scores: Scores) -> Scores:
     """Each map cut down to its highest value, (B, 1, 1, 1): all that a calibration keeps of it."""
     return replace(scores, map=None if scores.map is None else scores.map.amax((1, 2, 3), keepdim=True))
+
+
+def finite(scores: Scores) -> Scores:
+    """The scores as they are.
+
+    Raises:
+        ScoreError: one is NaN or infinite.
+    """
+    if bad := _first_not_finite(scores):
+        raise ScoreError(f"the score of image {bad - 1} in the batch is not finite; the model may have diverged")
+    return scores
 
 
 def _first_not_finite(scores: Scores) -> int:

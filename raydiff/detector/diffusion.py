@@ -15,6 +15,7 @@ from raydiff.core.calibration import Origin
 from raydiff.core.diffusion import Diffusion
 from raydiff.detector.building import build_denoiser, build_scorer, build_space, num_conditions, schedule_of
 from raydiff.detector.contract import Detector, with_peaks
+from raydiff.detector.sharing import OnBackbone
 from raydiff.detector.tiles import Tiles
 from raydiff.errors import ConfigError
 from raydiff.planting import TrainedScorer
@@ -138,7 +139,7 @@ class DiffusionDetector(Detector):
 
     def measure(self, images: Tensor) -> Tensor:
         """The scorer's evidence, (B, K, H, W): what costs network evaluations. Tiles' is joined, at the kept cells."""
-        return self.measured_by(lambda x: self.scorer.measure(self.model, x), images)
+        return self.measured_by(self.measured, images)
 
     def measured_by(self, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         """Evidence of images from a function of what is diffused, (B, *space.shape) to (B, K, ., .)."""
@@ -219,10 +220,27 @@ class DiffusionDetector(Detector):
         return self.scorer.surrogate(evidence, self.statistics)
 
     def _score(self, images: Tensor) -> Scores:
+        return self.scored(self.encode(images)) if self.tiles is None else self.joined(self.measure(images))
+
+    @property
+    def eye(self) -> OnBackbone | None:
+        """The space, where it sees images through a backbone alone."""
+        return self.space if isinstance(self.space, OnBackbone) else None
+
+    def measured(self, seen: Tensor) -> Tensor:
+        """Evidence of whole images, or of tiles, from what :meth:`encode` gave of them."""
+        return self.scorer.measure(self.model, seen)
+
+    def scored(self, seen: Tensor) -> Scores:
+        """Scores of whole images from what :meth:`encode` gave of them."""
         scorer = self.scorer
         if isinstance(scorer, SequentialScorer) and scorer.stops_early:
-            return scorer.score(self.model, self.encode(images), self.statistics, self.config.data.image_size)
-        return self.judged(self.measure(images), self.statistics)
+            return scorer.score(self.model, seen, self.statistics, self.config.data.image_size)
+        return self.joined(self.measured(seen))
+
+    def joined(self, evidence: Tensor) -> Scores:
+        """Scores of images from their evidence, that of tiles joined already."""
+        return self.judged(evidence, self.statistics)
 
     def judged(self, evidence: Tensor, statistics: Mapping[str, Tensor]) -> Scores:
         """Scores and maps of evidence, (B, K, H, W), with statistics that the scorer fitted; no network is asked."""

@@ -2,16 +2,17 @@
 
 The members see the same images, each at its own size. What a member's score means is learnt from calibration normals
 alone: its mean and deviation for ``mean`` and ``max`` of z-scores, and for ``fisher`` its p-value (Fisher 1932, sum of
--log p), which for the highest tenth of normals follows an exponential tail fitted to them: empirical p-values end at
-1 / (n + 1), so that all clear anomalies would tie (peaks over threshold: Pickands 1975, doi:10.1214/aos/1176343003).
-Maps are combined as z-scores of their pixels.
+-log p), see :mod:`raydiff.core.surprise`.
+Maps are combined as z-scores of their pixels; or the map is one member's, where levels or sizes that serve the verdict
+blur the place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Self
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -20,9 +21,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from raydiff.contracts import Scores
+from raydiff.core.surprise import surprise
 from raydiff.detector.baseline import BaselineDetector
 from raydiff.detector.contract import Detector, with_peaks
 from raydiff.detector.diffusion import DiffusionDetector
+from raydiff.detector.sharing import Sharing, sharing
 from raydiff.errors import ConfigError, NotCalibratedError
 from raydiff.images import to_tensor, to_uint8
 
@@ -30,8 +33,8 @@ __all__ = ["Combine", "EnsembleDetector", "member_prefix"]
 
 Combine = Literal["mean", "max", "fisher"]
 
-_TAIL = 0.1
-"""Share of normals whose scores are an exponential tail."""
+_T = TypeVar("_T")
+
 _TOGETHER = 64
 """Images whose maps are held at once."""
 _LEAST = 4
@@ -43,22 +46,28 @@ class EnsembleDetector(Detector):
 
     ``statistics`` holds, float64: ``scores`` (M, n), each member's of calibration normals, sorted; ``scales`` (M, 2),
     their mean and deviation; ``map_scales`` (M, 2), those of the pixels of its maps, NaN for a member without.
+    ``map_from`` is the member whose map is shown as it is, from 0; None for the maps of all, combined.
     """
 
     members: tuple[Detector, ...]
     combine: Combine = "mean"
+    map_from: int | None = None
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def create(cls, members: Sequence[Detector], combine: Combine, provenance: Mapping[str, Any]) -> Self:
+    def create(
+        cls, members: Sequence[Detector], combine: Combine, provenance: Mapping[str, Any], map_from: int | None = None
+    ) -> Self:
         """Not calibrated; it takes images of the largest of its members' sizes.
 
         Raises:
-            ConfigError: there are fewer than two members, one is no single detector of this machine's, or they fit
-                images to their sizes in different ways.
+            ConfigError: there are fewer than two members, one is no single detector of this machine's, they fit images
+                to their sizes in different ways, or there is no member ``map_from``.
         """
         if len(members) < 2:
             raise ConfigError(f"an ensemble of {len(members)} detector(s); give two or more runs")
+        if map_from is not None and not 0 <= map_from < len(members):
+            raise ConfigError(f"--map-from is {map_from + 1}, of {len(members)} runs; give 1 to {len(members)}")
         for member in members:
             if not isinstance(member, DiffusionDetector | BaselineDetector):
                 raise ConfigError(f"{member.name} cannot be in an ensemble; give runs of single detectors")
@@ -80,12 +89,13 @@ class EnsembleDetector(Detector):
             {"data.image_size": list(largest.config.data.image_size), "data.channels": channels}
             | ({"tiles.size": None} if members[0].config.tiles.size else {})
         )
-        return cls(config=config, provenance=provenance, members=tuple(members), combine=combine)
+        return cls(config=config, provenance=provenance, members=tuple(members), combine=combine, map_from=map_from)
 
     @property
     def name(self) -> str:
-        """The members', and how they are combined."""
-        return f"{self.combine} of {' + '.join(member.name for member in self.members)}"
+        """The members', how they are combined, and whose map it is where it is one member's."""
+        shown = "" if self.map_from is None else f", map of {self.map_from + 1}"
+        return f"{self.combine} of {' + '.join(member.name for member in self.members)}{shown}"
 
     @property
     def num_evaluations(self) -> int | None:
@@ -120,24 +130,29 @@ class EnsembleDetector(Detector):
         scores mean, without the image's own fold. Evidence of all images is held in memory, and maps of baselines.
 
         Raises:
-            ConfigError: there are fewer than 4 images.
+            ConfigError: there are fewer than 4 images, or the member whose map is wanted has none.
         """
         seen = [_Seen([], []) for _ in self.members]
         for batch in self._calibration_batches(images):
             self._check_images(batch)
-            for member, kept in zip(self.members, seen, strict=True):
-                kept.add(member, _seen_by(member, batch))
-        found = [_Observed.of(member, kept) for member, kept in zip(self.members, seen, strict=True)]
-        count = len(found[0])
+            for kept, found in zip(seen, self._of_each(batch, _observed, Sharing.observe), strict=True):
+                kept.add(found)
+        observed = [_Observed.of(member, kept) for member, kept in zip(self.members, seen, strict=True)]
+        count = len(observed[0])
         if count < _LEAST:
             raise ConfigError(
                 f"{count} calibration image(s); an ensemble needs at least {_LEAST} that no member was trained on,"
                 " better 20 or more: train its members with a larger data.calibration_fraction"
             )
         folds = min(self.config.calibration.folds, count)
-        scores, maps = self._first_pass(found, folds)
-        held_out = self._second_pass(found, folds, scores, maps)
-        members = tuple(one.calibrated(data_digest) for one in found)
+        scores, maps = self._first_pass(observed, folds)
+        if self.map_from is not None and bool(maps[:, self.map_from].isnan().any()):
+            raise ConfigError(
+                f"{self.members[self.map_from].name}, run {self.map_from + 1}, has no map to show; give another run's"
+                " number as --map-from, or leave it out"
+            )
+        held_out = self._second_pass(observed, folds, scores, maps)
+        members = tuple(one.calibrated(data_digest) for one in observed)
         calibration = self._make_calibration(held_out, data_digest)
         statistics = _statistics(scores, maps)
         return replace(self, members=members, statistics=statistics, calibration=calibration, artifact_digest=None)
@@ -176,8 +191,29 @@ class EnsembleDetector(Detector):
     def _score(self, images: Tensor) -> Scores:
         if not self.statistics:
             raise NotCalibratedError(f"{self.name} does not know what its members' scores mean; call calibrate() first")
-        parts = [member.score(_seen_by(member, images)) for member in self.members]
+        return self.combined(self._of_each(images, lambda member, seen: member.score(seen), Sharing.score))
+
+    def combined(self, parts: Sequence[Scores]) -> Scores:
+        """Its scores from those of its members, in their order, of the same images."""
         return self._combined(parts, self.statistics)
+
+    @cached_property
+    def _shared(self) -> tuple[Sharing, ...]:
+        """The members that have one backbone."""
+        return sharing(self.members)
+
+    def _of_each(
+        self, images: Tensor, alone: Callable[[Detector, Tensor], _T], together: Callable[[Sharing, Tensor], list[_T]]
+    ) -> list[_T]:
+        """What ``alone`` gives of each member; of those that share a backbone ``together`` gives it at once."""
+        found: dict[int, _T] = {}
+        for group in self._shared:
+            seen = _seen_by(self.members[group.numbers[0]], images)
+            found |= zip(group.numbers, together(group, seen), strict=True)
+        for number, member in enumerate(self.members):
+            if number not in found:
+                found[number] = alone(member, _seen_by(member, images))
+        return [found[number] for number in range(len(self.members))]
 
     def _combined(self, parts: Sequence[Scores], statistics: Mapping[str, Tensor]) -> Scores:
         scales, map_scales = statistics["scales"], statistics["map_scales"]
@@ -185,11 +221,14 @@ class EnsembleDetector(Detector):
         for number, part in enumerate(parts):
             values = part.image.double().cpu()
             if self.combine == "fisher":
-                columns.append(_surprise(values, statistics["scores"][number]))
+                columns.append(surprise(values, statistics["scores"][number]))
             else:
                 columns.append((values - scales[number, 0]) / scales[number, 1])
         image = _together(torch.stack(columns), self.combine)
         size = self.config.data.image_size
+        if self.map_from is not None:
+            own = parts[self.map_from].map
+            return Scores(image, None if own is None else _enlarged(own.cpu(), size))
         maps = [
             (_enlarged(part.map.cpu(), size).double() - map_scales[number, 0]) / map_scales[number, 1]
             for number, part in enumerate(parts)
@@ -209,7 +248,8 @@ class EnsembleDetector(Detector):
         return None
 
     def _describe(self) -> dict[str, Any]:
-        return {"kind": "ensemble", "combine": self.combine, "members": len(self.members)}
+        shown = {} if self.map_from is None else {"map_from": self.map_from}
+        return {"kind": "ensemble", "combine": self.combine, "members": len(self.members), **shown}
 
     def _weights(self) -> dict[str, Tensor]:
         return {}
@@ -224,11 +264,11 @@ class _Seen(NamedTuple):
     evidence: list[Tensor]
     scores: list[Scores]
 
-    def add(self, member: Detector, images: Tensor) -> None:
-        if isinstance(member, DiffusionDetector):
-            self.evidence.append(member.observe(images))
+    def add(self, found: Tensor | Scores) -> None:
+        if isinstance(found, Tensor):
+            self.evidence.append(found)
         else:
-            self.scores.append(member.score(images))
+            self.scores.append(found)
 
 
 class _Observed(NamedTuple):
@@ -271,6 +311,11 @@ class _Observed(NamedTuple):
         return self.member.calibrate_observed(torch.stack(columns, 1), data_digest=data_digest)
 
 
+def _observed(member: Detector, images: Tensor) -> Tensor | Scores:
+    """Evidence to judge, or a baseline's final scores."""
+    return member.observe(images) if isinstance(member, DiffusionDetector) else member.score(images)
+
+
 def member_prefix(number: int) -> str:
     """What the names of a member's files begin with."""
     return f"member-{number}."
@@ -306,25 +351,6 @@ def _together(values: Tensor, combine: Combine) -> Tensor:
     if combine == "max":
         return values.amax(0)
     return values.mean(0) if combine == "mean" else values.sum(0)
-
-
-def _surprise(values: Tensor, normals: Tensor) -> Tensor:
-    """-log of the share of normals that score as high, float64 (B,), from the sorted scores of normals (n,).
-
-    Interpolated between normals, and linear, which is exponential in p, above the highest tenth and below the lowest.
-    """
-    known = normals.numpy()
-    count = len(known)
-    cut = min(count - 2, max(0, round((1 - _TAIL) * count) - 1))
-    knots = known[: cut + 1]
-    heights = -np.log((count - np.arange(cut + 1) - 0.5) / count)
-    excess = max(float((known[cut + 1 :] - known[cut]).mean()), 1e-12)
-    given = values.numpy()
-    inside = np.interp(given, knots, heights)
-    above = heights[-1] + (given - knots[-1]) / excess
-    spread = max(float(known.std()), 1e-12)
-    below = heights[0] + (given - knots[0]) / (spread * count)  # rises slowly: what is very normal still has an order
-    return torch.from_numpy(np.where(given > knots[-1], above, np.where(given < knots[0], below, inside)))
 
 
 def _shown(member: Detector) -> tuple[float, float] | None:

@@ -61,7 +61,7 @@ def _load_ensemble(
     folder: Folder, config: ExperimentConfig, described: Mapping[str, Any], provenance: Mapping[str, Any], device: str
 ) -> Detector:
     return EnsembleDetector(
-        config=config, provenance=provenance, combine=described["combine"],
+        config=config, provenance=provenance, combine=described["combine"], map_from=described.get("map_from"),
         members=tuple(_load(folder.part(member_prefix(i)), device) for i in range(described["members"])),
         statistics=folder.tensors("statistics.safetensors"), calibration=_load_calibration(folder),
         artifact_digest=folder.digest,

@@ -15,7 +15,7 @@ Memory: tiles pass ``tiles.per_call`` at a time; what stays of an image is its e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -63,9 +63,14 @@ class Tiles:
 
         An image's evidence depends on that image alone, bit for bit where each row of ``function`` does.
         """
+        return self.evidence_of_each(lambda tiles: [function(tiles)], images)[0]
+
+    def evidence_of_each(self, function: Callable[[Tensor], Sequence[Tensor]], images: Tensor) -> list[Tensor]:
+        """:meth:`evidence` of a function that measures tiles in several ways, each (b, K_i, ., .), of one type."""
         if not len(images):
-            return self._joined(function, torch.zeros(images.shape[1:]))[None][:0]
-        return torch.stack([self._joined(function, image) for image in images])
+            return [part[None][:0] for part in self._joined(function, torch.zeros(images.shape[1:]))]
+        rows = [self._joined(function, image) for image in images]
+        return [torch.stack(column) for column in zip(*rows, strict=True)]
 
     def rebuilt(self, function: Callable[[Tensor], Tensor | None], images: Tensor) -> Tensor | None:
         """Images (B, C, H, W) from a function that rebuilds tiles; None where it gives None."""
@@ -91,14 +96,19 @@ class Tiles:
             row.copy_(self.tiling.cropped(large)[0])
         return whole
 
-    def _joined(self, function: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
-        found = (
-            averaged(values, self.cells)
-            for batch in self.tiling.batches(image, self.per_call)
-            for values in function(batch)
-        )
+    def _joined(self, function: Callable[[Tensor], Sequence[Tensor]], image: Tensor) -> list[Tensor]:
+        counts: list[int] = []
+
+        def measured() -> Iterator[Tensor]:
+            for batch in self.tiling.batches(image, self.per_call):
+                found = function(batch)
+                counts[:] = [part.shape[1] for part in found]
+                for row in zip(*found, strict=True):
+                    yield torch.cat([averaged(values, self.cells) for values in row])
+
         height, width = (-(-side // step) for side, step in zip(self.tiling.image_size, self.tiling.step, strict=True))
-        return self.tiling.joined(found)[:, :height, :width]  # what lies in the filled part alone is no evidence
+        whole = self.tiling.joined(measured())[:, :height, :width]  # what lies in the filled part alone is no evidence
+        return list(torch.split(whole, counts))
 
 
 @lru_cache(maxsize=16)

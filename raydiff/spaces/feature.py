@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from raydiff.backbone import Backbone, BackboneOptions, FeatureMaps, Grid, averaged, grid_size, joined
+from raydiff.backbone import Backbone, BackboneOptions, FeatureMaps, Grid, Head, averaged, grid_size, joined
 from raydiff.config import Options as BaseOptions
 from raydiff.core.diffusion import keyed_seed
 from raydiff.errors import ArtifactError, ConfigError, RaydiffError
@@ -97,10 +97,18 @@ class FeatureSpace:
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, C, H, W) images in [-1, 1] to (B, K, h, w), of mean 0 and variance 1 over cells of normal images."""
+        return self._backbone(images, self.head(images))
+
+    @property
+    def backbone(self) -> Backbone:
+        """The frozen network."""
+        return self._backbone
+
+    def head(self, images: Tensor) -> Head:
+        """The projection of maps, on the device of ``images``: :meth:`encode` is the backbone's call with it."""
         if not len(self._mean):
             raise RaydiffError("space 'feature' has learnt nothing yet; call fit or load_state first")
-        mean, projection = self._mean.to(images.device), self._projection.to(images.device)
-        return self._backbone(images, partial(self._project, mean, projection))
+        return partial(self._project, self._mean.to(images.device), self._projection.to(images.device))
 
     def decode(self, latents: Tensor) -> Tensor | None:  # noqa: ARG002
         """None: features have no way back to images."""

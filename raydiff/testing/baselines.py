@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from raydiff.contracts import Baseline
+from raydiff.detector.sharing import BaselineOnBackbone
 from raydiff.testing._rows import build, check_rows, equal, require, tensors, untouched_generators
 from raydiff.testing.images import planted_defect, small_images
 
@@ -30,6 +31,9 @@ def check_baseline(name: str, **fields: Any) -> None:
         if scores.map is not None:
             require(tuple(scores.map.shape) == (16, 1, *size), f"{what}: maps are {tuple(scores.map.shape)}")
         check_rows(what, lambda x, b=baseline: tensors(b.score(x)), images)  # type: ignore[misc]
+        if isinstance(baseline, BaselineOnBackbone):
+            seen = baseline.scored(baseline.backbone(images, baseline.head(images)))
+            require(equal(tensors(seen), tensors(scores)), f"{what}: scores otherwise than what its head sees")
         _check_baseline_state(what, name, fields, baseline, train, images)
         defective, _ = planted_defect(images)
         gain = baseline.score(defective).image - baseline.score(images).image

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from raydiff.contracts import Space
+from raydiff.detector.sharing import OnBackbone
 from raydiff.testing._rows import build, check_rows, require, untouched_generators
 from raydiff.testing.images import small_images
 
@@ -29,6 +30,9 @@ def check_space(name: str, *, channels: int = 1, image_size: tuple[int, int] = (
     require(tuple(latents.shape) == (16, *space.shape), f"{what}: encodes to {tuple(latents.shape)}, not {space.shape}")
     require(bool(latents.isfinite().all()), f"{what}: encodes to numbers that are not finite")
     check_rows(what, lambda x: [space.encode(x)], images)
+    if isinstance(space, OnBackbone):
+        seen = space.backbone(images, space.head(images))
+        require(torch.equal(seen, latents), f"{what}: encodes otherwise than its head sees the backbone's maps")
     decoded = space.decode(latents)
     if decoded is not None:
         require(decoded.shape == images.shape, f"{what}: decodes to {tuple(decoded.shape)}")

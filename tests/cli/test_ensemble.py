@@ -64,6 +64,31 @@ def test_an_ensemble_is_evaluated_on_the_data_of_its_first_run(
     assert (tmp_path / "both" / "report.html").exists()
 
 
+def test_the_map_of_one_run_is_scored_and_evaluated(
+    runs: list[str], tiny_config: ExperimentConfig, digit_images: Tensor, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "both")
+    done = CliRunner().invoke(main, ["ensemble", *runs, "--out", out, "--map-from", "1"])
+    assert done.exit_code == 0, done.output
+    loaded, first = load_detector(tmp_path / "both" / "artifact"), load_detector(tmp_path / "run" / "artifact")
+    found, own = loaded.explain(digit_images[:3]), first.explain(digit_images[:3])
+    assert found.anomaly_map is not None
+    assert own.anomaly_map is not None
+    assert found.anomaly_map.shape == own.anomaly_map.shape
+    assert not found.pred_score.equal(own.pred_score)
+    small = write_shards(tiny_config.override({"data.max_test_images": 12}).data, str(tmp_path / "small"))
+    done = CliRunner().invoke(main, ["evaluate", out, small.uri])
+    assert done.exit_code == 0, done.output
+    (row, *_) = read_results(tmp_path / "both" / "results.jsonl")
+    assert row.detector == "mean of unet/denoising_error + isolation_forest, map of 1"
+    for number, message in {"0": "not in the range", "2": "isolation_forest, run 2, has no map to show",
+                            "3": "--map-from is 3, of 2 runs; give 1 to 2"}.items():  # fmt: skip
+        refused = CliRunner().invoke(main, ["ensemble", *runs, "--out", str(tmp_path / number), "--map-from", number])
+        assert refused.exit_code == 2
+        assert message in refused.output
+        assert not (tmp_path / number).exists()
+
+
 def test_one_run_is_no_ensemble(runs: list[str], tmp_path: Path) -> None:
     refused = CliRunner().invoke(main, ["ensemble", runs[0], "--out", str(tmp_path / "both")])
     assert refused.exit_code == 2

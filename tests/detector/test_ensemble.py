@@ -15,7 +15,6 @@ from torch import Tensor
 from raydiff.artifact import read_folder
 from raydiff.config import ExperimentConfig, component_options
 from raydiff.detector import Combine, Detector, DiffusionDetector, EnsembleDetector, load_detector
-from raydiff.detector.ensemble import _surprise
 from raydiff.ensembling import ensemble_of
 from raydiff.errors import ArtifactError, ConfigError, DataError, NotCalibratedError
 from raydiff.experiment import fit_baselines, split_batches
@@ -146,15 +145,6 @@ def test_what_cannot_be_put_together_is_refused(
         fresh.score(torch.zeros(1, 1, 8, 8))
     with pytest.raises(ConfigError, match="at least 4"):
         fresh.calibrate(torch.zeros(3, 1, 8, 8))
-
-
-def test_the_surprise_rises_and_says_how_rare_a_score_is() -> None:
-    normals = torch.from_numpy(np.sort(np.random.default_rng(0).exponential(size=500)))
-    values = torch.linspace(-1, 30, 4000, dtype=torch.float64)
-    surprise = _surprise(values, normals)
-    assert bool((surprise.diff() > 0).all())  # also where no normal is: clear anomalies do not tie
-    for score in (0.5, 1.0, 2.0, 6.0):  # of an exponential -log p is the score itself
-        assert float(_surprise(torch.tensor([score], dtype=torch.float64), normals)) == pytest.approx(score, rel=0.25)
 
 
 def _some(shards: ShardSet, config: ExperimentConfig) -> tuple[Tensor, np.ndarray]:
