@@ -1,9 +1,9 @@
 """Two feature-space detectors as one, fine and deep levels, beside patch-kNN on the same network.
 
-    python -m benchmarks.pyramid BENCHMARK [BENCHMARK ...] --out RESULTS [--evaluations 1 3 10]
+    python -m benchmarks.pyramid BENCHMARK [BENCHMARK ...] --out RESULTS [--evaluations 1 3 10] [--normalise step]
 
-Each ``BENCHMARK`` is the output folder of ``raydiff benchmark examples/suites/industrial.yaml`` (several where it was
-run in parts). For every category and seed of which it trained ``features`` (levels 1 to 3, convolutions) and ``deep``
+Each ``BENCHMARK`` is the output folder of ``raydiff benchmark examples/suites/industrial.yaml``, ``aligned.yaml`` or
+``one_for_all.yaml`` (several where it was run in parts). For every category and seed of which it trained ``features`` (levels 1 to 3, convolutions) and ``deep``
 (levels 3 and 4, an MLP per cell), both are asked from a clean start, put together as ``raydiff ensemble`` does (mean of
 z-scores of calibration normals; ``both, fine map`` shows the fine one's map, as with ``--map-from 1``), and scored on
 the test split. The rows of patch-kNN are those of the suite: the same images, the same backbone, one row per seed.
@@ -40,11 +40,11 @@ PATCHES = ("features, patch-kNN, same levels", "features, patch-kNN, levels 3 an
 METRICS = ("auroc", "tpr_at_5_fpr", "pixel_auroc", "pixel_average_precision", "aupro")
 
 
-def scoring(evaluations: int) -> dict[str, Any]:
+def scoring(evaluations: int, normalise: str) -> dict[str, Any]:
     low, high = RANGES[evaluations]
     return {
         "name": "denoising_error", "start_from": "clean", "num_inference_steps": evaluations, "start": low,
-        "stop": high, "normalise": "pixel", "blur": 0, "pooling": "top_k", "pooling_share": 0.03,
+        "stop": high, "normalise": normalise, "blur": 0, "pooling": "top_k", "pooling_share": 0.03,
     }  # fmt: skip
 
 
@@ -63,9 +63,11 @@ def trained(folders: Iterable[Path]) -> dict[Key, dict[str, DiffusionDetector]]:
     return found
 
 
-def measured(key: Key, members: Mapping[str, DiffusionDetector], shards: ShardSet, count: int) -> list[Evaluation]:
+def measured(
+    key: Key, members: Mapping[str, DiffusionDetector], shards: ShardSet, count: int, normalise: str
+) -> list[Evaluation]:
     """Fine, deep and both, with the maps of both and with fine's, at so many evaluations each."""
-    options = component_options("scorers", scoring(count))
+    options = component_options("scorers", scoring(count, normalise))
     asked = {name: calibrated(member.with_scoring(options), shards) for name, member in members.items()}
     pair = [asked["fine"], asked["deep"]]
     found = {**asked, "both": ensemble_of(pair, shards), "both, fine map": ensemble_of(pair, shards, map_from=0)}
@@ -99,6 +101,7 @@ def main() -> None:
     parser.add_argument("benchmarks", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True, metavar="RESULTS")
     parser.add_argument("--evaluations", type=int, nargs="+", default=[1], choices=sorted(RANGES))
+    parser.add_argument("--normalise", default="pixel", choices=["pixel", "step"], help="step for aligned.yaml")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{hardware('cpu')}; commit {source_commit()}\n", flush=True)
@@ -110,7 +113,7 @@ def main() -> None:
         for count in arguments.evaluations:
             if len(members) < 2 or key in ours[f"both, fine map x {count}"]:
                 continue
-            rows = measured(key, members, shards_of(members["fine"], arguments.benchmarks), count)
+            rows = measured(key, members, shards_of(members["fine"], arguments.benchmarks), count, arguments.normalise)
             save_evaluations(arguments.out, rows)
             for found in rows:
                 ours[found.rows[0].detector][key] = found
