@@ -167,8 +167,9 @@ def _check(config: ExperimentConfig, teacher: DiffusionDetector) -> None:
             raise ConfigError(
                 f"--set {path}: a student has its teacher's {path}, since it begins with its weights; leave it out"
             )
-    if (config.data.image_size, config.data.channels) != (teacher.config.data.image_size, teacher.config.data.channels):
-        raise ConfigError("--set data.image_size or data.channels: a student sees what its teacher sees; leave it out")
+    for path in ("image_size", "channels", "resize", "align", "aligned_width"):
+        if getattr(config.data, path) != getattr(teacher.config.data, path):
+            raise ConfigError(f"--set data.{path}: a student sees what its teacher sees; leave it out")
     if config.data.calibration_fraction and not teacher.config.data.calibration_fraction:
         raise ConfigError(
             "--set data.calibration_fraction: the teacher saw all images, also those that would be set aside; fit the"

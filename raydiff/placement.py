@@ -14,7 +14,6 @@ too short looks too short.
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,6 +31,7 @@ __all__ = ["ImageSpec", "Placement", "Pose", "find_part", "place"]
 
 _LOOKED_AT = 256
 """Longest side in pixels of the copy in which a part is looked for."""
+_ITERATIONS = 10
 _SAMPLED = 64
 """Least rows and columns of it from which the two kinds of pixels are told apart."""
 _LEAST_PART = 0.002
@@ -136,13 +136,25 @@ class Placement:
             y, bottom = _stretched(row, row + region.shape[0], self.height, self.rows)
             x, right = _stretched(column, column + region.shape[1], self.width, self.columns)
             return x, y, right - x, bottom - y
-        rows, columns = np.nonzero(region)
-        corners = np.array([[i, j] for i in (-0.5, 0.5) for j in (-0.5, 0.5)])  # of a pixel, from its centre
-        places = np.stack([rows + row, columns + column], axis=1)[:, None] + corners  # (n, 4, 2)
-        ys, xs = self._on_original(places[..., 0], places[..., 1])
-        y, bottom = max(0, math.floor(ys.min() + 0.5)), min(self.height, math.ceil(ys.max() + 0.5))
-        x, right = max(0, math.floor(xs.min() + 0.5)), min(self.width, math.ceil(xs.max() + 0.5))
+        rows = np.flatnonzero(region.any(1))
+        first, last = region[rows].argmax(1), region.shape[1] - 1 - region[rows, ::-1].argmax(1)
+        ends = [(rows + up, columns) for up in (-0.5, 0.5) for columns in (first - 0.5, last + 0.5)]
+        found = [self._on_original(row + one, column + other) for one, other in ends]  # no other pixel lies further out
+        ys = np.concatenate([y for y, _ in found]).round(6) + 0.5
+        xs = np.concatenate([x for _, x in found]).round(6) + 0.5
+        y, bottom = max(0, math.floor(ys.min())), min(self.height, math.ceil(ys.max()))
+        x, right = max(0, math.floor(xs.min())), min(self.width, math.ceil(xs.max()))
         return (x, y, right - x, bottom - y) if x < right and y < bottom else None
+
+    def on_original(self, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """What of a mask of :attr:`inside` lies on the original, by the centres of its pixels."""
+        if self.pose is None:
+            return mask
+        rows, columns = np.nonzero(mask)
+        ys, xs = self._on_original(rows, columns)
+        kept = mask.copy()
+        kept[rows, columns] = (ys > -0.5) & (ys < self.height - 0.5) & (xs > -0.5) & (xs < self.width - 0.5)
+        return kept
 
     @property
     def pixel_area(self) -> float:
@@ -156,6 +168,11 @@ class Placement:
         more whether there are any: 1, or 0 (with values 0) where the canvas does not reach. For aligned parts.
         """
         assert self.pose is not None  # noqa: S101
+        if (block := math.floor(self.scale * max(self.height / size[0], self.width / size[1]))) > 1:
+            small = F.adaptive_max_pool2d(
+                torch.from_numpy(values).permute(2, 0, 1), (-(-values.shape[0] // block), -(-values.shape[1] // block))
+            )
+            values = small.permute(1, 2, 0).numpy()  # a single hot pixel stays to be seen
         rows, columns = np.meshgrid(
             (np.arange(size[0]) + 0.5) * self.height / size[0] - 0.5 - self.pose.row,
             (np.arange(size[1]) + 0.5) * self.width / size[1] - 0.5 - self.pose.column,
@@ -178,20 +195,44 @@ class Placement:
         sine, cosine = math.sin(self.pose.angle), math.cos(self.pose.angle)
         return self.pose.row + along * sine + down * cosine, self.pose.column + along * cosine - down * sine
 
+    def _shown(self) -> tuple[int, int, int, int]:
+        """What the canvas reaches of the original: left, upper, right and lower edge, with room for a filter."""
+        ends = np.array([-0.5, -0.5, self.rows - 0.5, self.rows - 0.5]), np.array([-0.5, self.columns - 0.5] * 2)
+        ys, xs = self._on_original(*ends)
+        room = 3 * max(1.0, 1 / self.scale)
+        left, top = max(0, math.floor(xs.min() - room)), max(0, math.floor(ys.min() - room))
+        right, bottom = (
+            min(self.width, math.ceil(xs.max() + room) + 1),
+            min(self.height, math.ceil(ys.max() + room) + 1),
+        )
+        return left, top, right, bottom
+
     def _turned(self, image: Image.Image, *, mask: bool) -> NDArray[np.uint8]:
         """The canvas, (rows, columns) or (rows, columns, 3)."""
-        rows, columns = np.meshgrid(np.arange(self.rows), np.arange(self.columns), indexing="ij")
-        ys, xs = self._on_original(rows, columns)
+        assert self.pose is not None  # noqa: S101
+        left, top, right, bottom = self._shown()
+        image = image.crop((left, top, right, bottom))
+        width, height = image.size
         if self.scale < 1 and not mask:  # antialiased first, then turned at about its own resolution
-            smaller = (max(1, round(image.width * self.scale)), max(1, round(image.height * self.scale)))
+            smaller = (max(1, round(width * self.scale)), max(1, round(height * self.scale)))
             image = image.resize(smaller, Image.Resampling.BICUBIC)
         pixels = np.array(image)
         channels = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)[None]  # (1, C, h, w)
-        grid = torch.from_numpy(
-            np.stack([(2 * xs + 1) / self.width - 1, (2 * ys + 1) / self.height - 1], axis=-1)
+        along = torch.arange(self.columns, dtype=torch.float64)
+        along = (along - (self.columns - 1) / 2) / self.scale
+        down = torch.arange(self.rows, dtype=torch.float64)[:, None]
+        down = (down - (self.rows - 1) / 2) / self.scale
+        sine, cosine = math.sin(self.pose.angle), math.cos(self.pose.angle)
+        x0, y0 = 2 * (self.pose.column - left) + 1 - width, 2 * (self.pose.row - top) + 1 - height
+        grid = torch.stack(
+            [
+                ((2 * cosine * along + x0) / width).float() - (2 * sine * down / width).float(),
+                ((2 * sine * along + y0) / height).float() + (2 * cosine * down / height).float(),
+            ],
+            dim=-1,
         )  # (rows, columns, 2) in [-1, 1]
         sampled = F.grid_sample(
-            channels.float(), grid[None].float(), align_corners=False,
+            channels.float(), grid[None], align_corners=False,
             mode="nearest" if mask else "bicubic", padding_mode="zeros" if mask else "border",
         )  # fmt: skip
         turned: NDArray[np.uint8] = sampled[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
@@ -231,8 +272,8 @@ def find_part(image: Image.Image) -> Pose | None:
     factor = max(1.0, max(image.height, image.width) / _LOOKED_AT)
     size = (max(1, round(image.width / factor)), max(1, round(image.height / factor)))
     small = np.asarray(image.resize(size, Image.Resampling.BILINEAR), dtype=np.float64).reshape(size[1], size[0], -1)
-    standing = ndimage.binary_opening(_standing_out(small))
-    labels, _ = ndimage.label(ndimage.binary_closing(np.pad(standing, 3), iterations=3)[3:-3, 3:-3])
+    standing = np.pad(_standing_out(small), 3)
+    labels, _ = ndimage.label(ndimage.binary_closing(standing, iterations=3)[3:-3, 3:-3])
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0  # the background
     if sizes.max() < _LEAST_PART * labels.size:
@@ -252,18 +293,18 @@ def find_part(image: Image.Image) -> Pose | None:
 
 def _standing_out(pixels: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Which pixels (H, W) of an image (H, W, C) are not of the background."""
-    from scipy.cluster.vq import kmeans2
-
     edge = max(1, round(0.03 * min(pixels.shape[:2])))
     middle = np.zeros(pixels.shape[:2], bool)
     middle[edge:-edge, edge:-edge] = True
     distance = np.abs(pixels - np.median(pixels[~middle], axis=0)).max(2)
-    ends = np.array([distance.min(), distance.max()])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # one of the two may be empty
-        some = max(1, min(distance.shape) // _SAMPLED)  # a threshold needs no more, and this takes most of the time
-        centres, _ = kmeans2(distance[::some, ::some].ravel(), ends, iter=10, minit="matrix")
-    return np.asarray((distance > centres.mean()) & bool(np.ptp(centres) >= _LEAST_CONTRAST))
+    some = max(1, min(distance.shape) // _SAMPLED)  # a threshold needs no more
+    sample = distance[::some, ::some]
+    low, high = float(distance.min()), float(distance.max())
+    for _ in range(_ITERATIONS):  # 2-means of numbers; SciPy's warns of empty clusters, which no thread can silence
+        above = sample > (low + high) / 2
+        low = float(sample[~above].mean()) if not above.all() else low
+        high = float(sample[above].mean()) if above.any() else high
+    return np.asarray((distance > (low + high) / 2) & (high - low >= _LEAST_CONTRAST))
 
 
 def _enlarged(place: NDArray[np.float64], angle: float, shape: tuple[int, ...], image: Image.Image) -> Pose:

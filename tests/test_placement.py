@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from raydiff.errors import ConfigError, DataError
 from raydiff.evaluation import evaluate
 from raydiff.fitting import calibrated, fit_baseline
 from raydiff.images import decode, decode_file, decode_mask, encode_png
-from raydiff.placement import ImageSpec, find_part, place
+from raydiff.placement import ImageSpec, Placement, Pose, find_part, place
 from raydiff.service.decoding import receive
 from raydiff.service.explaining import HeatScale, draw, find_boxes
 from raydiff.shards import write_shards
@@ -110,10 +112,87 @@ def test_the_scale_is_that_of_the_image() -> None:
 
 
 def test_a_large_image_is_filtered_before_it_is_turned() -> None:
-    fine = np.asarray(nail(0.4, 511.5, 511.5, length=600, side=1024)).copy()
+    fine = np.asarray(nail(0.4, 63.5, 63.5).resize((1024, 1024))).copy()
     fine[::2, ::2] = 255 - fine[::2, ::2]  # what a sampler without a filter would fold into stripes
-    ground = decode(file_of(Image.fromarray(fine)), CANVAS, "a")[:8, :, 0].astype(float)
+    image = Image.fromarray(fine)
+    found = find_part(image)
+    assert found is not None
+    assert found.angle == pytest.approx(0.4, abs=0.03)
+    ground = decode(file_of(image), CANVAS, "a")[:8, :, 0].astype(float)
     assert ground.std() < 4
+
+
+@pytest.mark.parametrize("thickness", [3, 5, 9])
+def test_thin_parts_are_found_at_every_angle(thickness: int) -> None:
+    """Parts are looked for at half of this resolution."""
+    for angle in np.linspace(-3, 3, 9):
+        image = Image.new("L", (4 * SIDE, 4 * SIDE), 200)
+        (x0, y0), (x1, y1) = (spot(angle, 255, 255, along) for along in (-180, 180))
+        pen = ImageDraw.Draw(image)
+        pen.line((x0, y0, x1, y1), fill=40, width=thickness)
+        pen.ellipse((x0 - 14, y0 - 14, x0 + 14, y0 + 14), fill=40)
+        found = find_part(image)
+        assert found is not None
+        assert abs((found.angle - angle + math.pi) % (2 * math.pi) - math.pi) < math.radians(2)
+
+
+@pytest.mark.parametrize(("size", "width"), [((64, 128), 1.0), ((32, 64), 1.0), ((160, 320), 1.0), ((96, 96), 0.75)])
+def test_there_and_back(size: tuple[int, int], width: float) -> None:
+    """A spot of the photo, on the canvas, and back again, at scales from a half to two and a half."""
+    angle, row, column = 2.0, 60.0, 70.0
+    x, y = (round(place) for place in spot(angle, row, column, 20))
+    spec = ImageSpec(size, 1, aligned_width=width)
+    image = decode_file(file_of(nail(angle, row, column, mark=20)), spec, "a")
+    scale = size[1] / (width * SIDE)
+    assert image.placement.scale == pytest.approx(scale)
+    mask = Image.new("L", (SIDE, SIDE))
+    ImageDraw.Draw(mask).rectangle((x - 4, y - 4, x + 4, y + 4), fill=255)
+    turned = decode_mask(file_of(mask), spec, "m", image=image)
+    assert turned.sum() * image.placement.pixel_area == pytest.approx(81, rel=0.15)
+    boxes, count = find_boxes(turned.astype(float), turned, image.placement)
+    assert count == len(boxes) == 1
+    assert abs(boxes[0].x + boxes[0].width / 2 - x - 0.5) < 1.5
+    assert abs(boxes[0].y + boxes[0].height / 2 - y - 0.5) < 1.5
+    assert 8 <= boxes[0].width <= 11 + 4 / scale
+    back = image.placement.back(turned[..., None].astype(float), (SIDE, SIDE))
+    assert np.abs(np.argwhere(back[..., 0] > 0.5).mean(0) - [y, x]).max() < 1
+
+
+def test_a_pixel_goes_back_to_where_it_was() -> None:
+    """By hand: a quarter turn, twice as large."""
+    placement = Placement(8, 8, 0, 0, 8, 16, Pose(3.5, 3.5, math.pi / 2), 2.0)
+    values = np.zeros((8, 16, 1))
+    values[2:4, 4:6] = 1  # down -1.25 to -0.75 and along -1.75 to -1.25 of the middle, in pixels of the original
+    back = placement.back(values, (8, 8))
+    assert np.argwhere(back[..., 0] > 0.5).tolist() == [[2, 4]]
+    region = values[..., 0] > 0
+    assert placement.box(region[2:4, 4:6], 2, 4) == (4, 2, 1, 1)
+    assert placement.pixel_area == 0.25
+
+
+def test_a_hot_pixel_of_a_large_canvas_is_seen_on_a_small_picture() -> None:
+    placement = Placement(64, 64, 0, 0, 512, 512, Pose(31.5, 31.5), 8.0)
+    values = np.zeros((512, 512, 1))
+    values[101, 203] = 1
+    shown = placement.back(values, (64, 64))[..., 0]
+    assert np.unravel_index(shown.argmax(), shown.shape) == (12, 25)
+    assert shown.max() > 0.9
+
+
+def test_a_large_region_is_boxed_by_its_outline() -> None:
+    placement = Placement(4000, 3000, 0, 0, 1024, 1024, Pose(2000, 1500, 0.3), 0.3)
+    everything = np.ones((1024, 1024), bool)
+    kept = placement.on_original(everything)
+    assert 0 < kept.sum() < everything.sum()
+    assert kept.sum() * placement.pixel_area <= 4000 * 3000
+    assert placement.box(kept, 0, 0) == (0, placement.box(kept, 0, 0)[1], 3000, placement.box(kept, 0, 0)[3])
+
+
+def test_finding_a_part_leaves_the_filters_of_warnings_alone() -> None:
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(find_part, [nail(angle) for angle in np.linspace(0, 3, 24)]))
+    assert list(warnings.filters) == before
 
 
 def test_a_mask_is_turned_as_its_image() -> None:
@@ -160,7 +239,7 @@ def test_what_lies_off_the_original_has_no_box() -> None:
     region = np.zeros((64, 128), bool)
     region[60:, :] = True
     rows = np.ones((64, 128))
-    assert find_boxes(rows, region, placement) == ([], 1)
+    assert find_boxes(rows, region, placement) == ([], 0)
 
 
 @pytest.mark.parametrize("pixels", [np.full((SIDE, SIDE), 90), np.random.default_rng(0).integers(86, 94, (SIDE, SIDE))])
@@ -242,9 +321,12 @@ def test_an_ensemble_sees_one_part_of_an_image(tmp_path: Path) -> None:
     options = component_options("baselines", "knn")
     level = plain.override({"data.align": "principal_axis"})
     other = level.override({"data.image_size": [16, 16]})
+    colour = level.override({"data.channels": 3})
     alike = level.override({"data.image_size": [8, 16]})
-    found = [calibrated(fit_baseline(config, shards, options), shards) for config in (level, plain, other, alike)]
-    for odd in found[1:3]:
+    found = [
+        calibrated(fit_baseline(config, shards, options), shards) for config in (level, plain, other, colour, alike)
+    ]
+    for odd in found[1:4]:
         with pytest.raises(ConfigError, match=r"^data\.align, .* differs .* train them with the same$"):
             ensemble_of([found[0], odd], shards)
-    assert ensemble_of([found[0], found[3]], shards).image_spec.aligned_width == 1.0
+    assert ensemble_of([found[0], found[4]], shards).image_spec.aligned_width == 1.0

@@ -128,7 +128,7 @@ class DataConfig(Section):
                 " so leave data.resize out"
             )
         if self.align == "none" and self.aligned_width != 1.0:
-            raise ValueError(f"aligned_width is {self.aligned_width} and align none; set data.align to principal_axis")
+            raise ValueError(f"aligned_width is {self.aligned_width} and align none; set data.align, or leave it out")
         if min(self.image_size) < 1:
             raise ValueError(f"image_size is {self.image_size}; both sides must be at least 1")
         return self

@@ -76,7 +76,7 @@ class EnsembleDetector(Detector):
         resizes = {member.config.data.resize for member in members}
         if len({_shown(member) for member in members}) > 1:
             raise ConfigError(
-                "data.align, data.aligned_width or the aspect of data.image_size differs between these runs; members of"
+                "data.align, aligned_width, channels or the aspect of image_size differs between these runs; members of"
                 " an ensemble of aligned parts must see the same part of an image: train them with the same"
             )
         if len(resizes) > 1 or (len(sizes) > 1 and resizes == {"own"}):
@@ -353,10 +353,12 @@ def _together(values: Tensor, combine: Combine) -> Tensor:
     return values.mean(0) if combine == "mean" else values.sum(0)
 
 
-def _shown(member: Detector) -> tuple[float, float] | None:
-    """How much of an aligned part's surroundings a member sees: width, and height by width; None: all of an image."""
+def _shown(member: Detector) -> tuple[float, ...] | None:
+    """What a member sees of an aligned part's surroundings: width, height by width, channels; None: all of an image."""
     spec = member.image_spec
-    return None if spec.aligned_width is None else (spec.aligned_width, spec.image_size[0] / spec.image_size[1])
+    if spec.aligned_width is None:
+        return None
+    return spec.aligned_width, spec.image_size[0] / spec.image_size[1], spec.channels
 
 
 def _seen_by(member: Detector, images: Tensor) -> Tensor:

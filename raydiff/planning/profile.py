@@ -158,7 +158,7 @@ def workload(config: ExperimentConfig) -> dict[str, Any]:
     kept = {name: dumped[name] for name in ("space", "denoiser", "scoring", "objective")}
     kept["data"] = {name: dumped["data"][name] for name in ("image_size", "channels", "resize")}
     if config.data.align != "none":
-        kept["data"]["align"] = config.data.align
+        kept["data"] |= {"align": config.data.align, "aligned_width": config.data.aligned_width}
     kept["training"] = {name: dumped["training"][name] for name in ("precision", "compile", "channels_last")}
     kept["schedule"] = {"num_train_timesteps": dumped["schedule"]["num_train_timesteps"]}
     for component in ("space", "scoring"):  # where their weights lie on this machine

@@ -93,7 +93,7 @@ def find_boxes(
     """
     from scipy import ndimage
 
-    inside = mask[placement.inside]
+    inside = placement.on_original(mask[placement.inside])
     values = anomaly_map[placement.inside].astype(np.float64)
     labels, count = ndimage.label(inside, structure=np.ones((3, 3), bool))
     if not count:
