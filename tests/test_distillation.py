@@ -152,7 +152,8 @@ def test_what_cannot_be_distilled_is_refused(detector: DiffusionDetector, digit_
     assert refused(detector, "denoiser.block_out_channels=[8, 8]").startswith("--set denoiser: ")
     assert refused(detector, "seed=4").startswith("--set seed: ")
     assert refused(detector, "scoring.start=0.5").startswith("--set scoring: the student is asked once, at step 385")
-    assert refused(detector, "data.image_size=[16, 16]").startswith("--set data.image_size")
+    for sight in ("data.image_size=[16, 16]", "data.resize=pad", "data.align=principal_axis"):
+        assert refused(detector, sight).startswith(f"--set {sight.partition('=')[0]}: a student sees what")
     assert student_config(detector, ["scoring.pooling=mean"]).scoring.model_dump()["pooling"] == "mean"
 
 
