@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ from raydiff.crossfit import (
 from raydiff.detector import BaselineDetector, Detector, DiffusionDetector, load_detector
 from raydiff.errors import ConfigError
 from raydiff.heads import with_trained_scorer
+from raydiff.images import ImageSpec, decode_file
 from raydiff.provenance import versions
 from raydiff.shards import ShardSet
+from raydiff.shards.groups import GroupReader
 from raydiff.splits import split_batches, training_images, weights_of
 from raydiff.storage import MANIFEST, Place, Storage, uri_of
 from raydiff.weighting import Weights, write_weights
@@ -49,12 +52,14 @@ __all__ = [
     "fit_baselines",
     "fit_in_parts",
     "of_fold",
+    "placement_notes",
     "provenance_of",
     "write_config",
 ]
 
 ARTIFACT, CONFIG, SUSPECTS = "artifact", "config.yaml", "suspects.csv"
 _MAX_BASELINE_IMAGES, _MAX_BASELINE_TILES = 10_000, 2_000
+_LOOKED_AT = 64
 
 Report = Callable[[Mapping[str, Any]], None]
 """Gets lines of metrics."""
@@ -169,6 +174,28 @@ def calibrated(detector: Detector, shards: ShardSet, *, run_dir: Place | None = 
         StorageError: a fold's head cannot be written to ``run_dir``.
     """
     return _calibrated(detector, shards, run_dir)[0]
+
+
+def placement_notes(config: ExperimentConfig, shards: ShardSet) -> Iterator[str]:
+    """What is wrong with the canvas of aligned parts, by the first 64 training images, in words with a remedy."""
+    spec = ImageSpec.of(config.data)
+    if spec.aligned_width is None or config.data.shard_format == "raw":
+        return
+    with GroupReader(shards, "train") as reader:
+        rows = islice(chain.from_iterable(map(reader.rows, reader.groups_of(None))), _LOOKED_AT)
+        images = [decode_file(row["image"], spec, row["image_id"]).placement for row in rows]
+    lost = sum(image.pose is None or image.pose.extent is None for image in images)
+    cut = sum(not image.is_whole for image in images)
+    if lost:
+        yield (
+            f"in {lost} of {len(images)} training images no part stands out of the background, so they are shown as"
+            " they lie; leave them out, or set data.align to none"
+        )
+    if cut:
+        yield (
+            f"in {cut} of {len(images)} training images the part is larger than the canvas, and what lies beyond it is"
+            " not judged; raise data.aligned_width, or give data.image_size more height"
+        )
 
 
 def fit_baselines(config: ExperimentConfig, shards: ShardSet, names: Sequence[str]) -> Iterator[Detector]:

@@ -72,12 +72,14 @@ class ImageSpec:
 class Pose:
     """Where a part lies: ``row`` and ``column`` of its middle in pixels, ``angle`` of its axis in radians, clockwise.
 
-    At angle 0 the axis lies level, the heavier end left.
+    At angle 0 the axis lies level, the heavier end left. ``extent`` is how long the part is along its axis and how
+    broad across, in pixels; None: no part stands out, and these are the image's middle.
     """
 
     row: float
     column: float
     angle: float = 0.0
+    extent: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,14 @@ class Placement:
     columns: int
     pose: Pose | None = None
     scale: float = 1.0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of an aligned part is on the canvas."""
+        if self.pose is None or self.pose.extent is None:
+            return True
+        length, breadth = self.pose.extent
+        return length * self.scale <= self.columns + 1 and breadth * self.scale <= self.rows + 1
 
     @property
     def inside(self) -> tuple[slice, slice]:
@@ -281,14 +291,18 @@ def find_part(image: Image.Image) -> Pose | None:
     places = np.argwhere((sizes >= _FRAGMENT * sizes.max())[labels]).astype(np.float64)  # (n, 2), row and column
     centre = places.mean(0)
     variances, axes = np.linalg.eigh(np.cov((places - centre).T) + 1e-9 * np.eye(2))
+    enlarge = image.height / small.shape[0]
     if variances[1] < _ROUND**2 * variances[0]:
-        return _enlarged(centre, 0.0, small.shape, image)
+        high, wide = (np.ptp(places, axis=0) + 1) * enlarge
+        return _enlarged(centre, 0.0, (float(wide), float(high)), small.shape, image)
     axis = axes[:, 1]
+    across = (places - centre) @ axes[:, 0]
     along = (places - centre) @ axis
     if (along**3).mean() < 0:  # the longer, lighter end lies towards the axis' end
         axis, along = -axis, -along
     middle = centre + axis * (along.max() + along.min()) / 2
-    return _enlarged(middle, math.atan2(axis[0], axis[1]), small.shape, image)
+    extent = (float(np.ptp(along) + 1) * enlarge, float(np.ptp(across) + 1) * enlarge)
+    return _enlarged(middle, math.atan2(axis[0], axis[1]), extent, small.shape, image)
 
 
 def _standing_out(pixels: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -307,11 +321,13 @@ def _standing_out(pixels: NDArray[np.float64]) -> NDArray[np.bool_]:
     return np.asarray((distance > (low + high) / 2) & (high - low >= _LEAST_CONTRAST))
 
 
-def _enlarged(place: NDArray[np.float64], angle: float, shape: tuple[int, ...], image: Image.Image) -> Pose:
+def _enlarged(
+    place: NDArray[np.float64], angle: float, extent: tuple[float, float], shape: tuple[int, ...], image: Image.Image
+) -> Pose:
     """A pose of the small copy of ``shape`` as one of the image."""
     row = (place[0] + 0.5) * image.height / shape[0] - 0.5
     column = (place[1] + 0.5) * image.width / shape[1] - 0.5
-    return Pose(float(row), float(column), angle)
+    return Pose(float(row), float(column), angle, extent)
 
 
 def _stretched(start: int, stop: int, original: int, fitted: int) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +22,7 @@ from raydiff.config import DataConfig, ExperimentConfig, component_options
 from raydiff.ensembling import ensemble_of
 from raydiff.errors import ConfigError, DataError
 from raydiff.evaluation import evaluate
-from raydiff.fitting import calibrated, fit_baseline
+from raydiff.fitting import calibrated, fit_baseline, placement_notes
 from raydiff.images import decode, decode_file, decode_mask, encode_png
 from raydiff.placement import ImageSpec, Placement, Pose, find_part, place
 from raydiff.service.decoding import receive
@@ -313,6 +314,19 @@ def test_marks_on_nails_are_found_once_these_lie_level(tmp_path: Path) -> None:
     raw = write_shards(level.override({"data.shard_format": "raw"}).data, str(tmp_path / "raw"))
     with pytest.raises(DataError, match=r"data\.align"):
         raw.check(plain.override({"data.shard_format": "raw"}).data)
+
+
+def test_fit_says_what_is_wrong_with_the_canvas(tmp_path: Path) -> None:
+    plain = nails(tmp_path)
+    for i in range(3):
+        Image.new("L", (SIDE, SIDE), 200).save(tmp_path / "train" / "good" / f"empty{i}.png")
+    shards = write_shards(plain.data, str(tmp_path / "shards"))
+    level = plain.override({"data.align": "principal_axis", "data.calibration_fraction": 0.05})
+    assert list(placement_notes(plain, shards)) == []
+    [note] = placement_notes(level, shards)
+    assert re.match(r"in [123] of \d+ training images no part stands out .*; leave them out, or set data\.align", note)
+    _, cut = placement_notes(level.override({"data.aligned_width": 0.4}), shards)
+    assert re.match(r"in \d\d of \d+ training images the part is larger .*; raise data\.aligned_width", cut)
 
 
 def test_an_ensemble_sees_one_part_of_an_image(tmp_path: Path) -> None:
