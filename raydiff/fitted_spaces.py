@@ -8,7 +8,8 @@ There every space has a folder, named by a digest of all that its bits follow fr
 the options with the seed, the very pixels it was fitted on (so which images, views, tiles, and what folds and suspects
 leave out), pretrained weights, the code that fits, the libraries' versions, processor and threads. What is found is
 what fitting would have given, bit for bit on a CPU. In that folder each fit has one of its own, which is there whole or
-not at all and is verified when it is read; where none can be used, the space is fitted anew.
+not at all and is verified when it is read; where none can be used, the space is fitted anew. What is damaged is removed
+then, and what cannot be read is left. Where a fit cannot be written, as on a full disk, it is used and not kept.
 
 On a disk whoever needs a space that another process is fitting waits for it, while that lives, so there is one fit. In
 an object store, which has no locks, both fit, side by side, and from then on all read the same one.
@@ -24,7 +25,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,10 +37,11 @@ from raydiff.artifact import encode_json, encode_tensors, read_folder, write_fol
 from raydiff.config import ExperimentConfig
 from raydiff.contracts import Space, TrainedSpace
 from raydiff.detector import build_space, space_options
-from raydiff.errors import ArtifactError, ConfigError, StorageError
+from raydiff.errors import ArtifactError, ConfigError, DataError, StorageError
 from raydiff.journal import alone_in
 from raydiff.provenance import processor, versions
 from raydiff.shards import ShardSet
+from raydiff.spaces._learning import LearntOptions
 from raydiff.splits import training_images
 from raydiff.storage import Place, Storage, as_place, uri_of
 
@@ -87,7 +89,7 @@ def fitted_space(
     Raises:
         ConfigError: it needs pretrained weights that are not there.
         TrainingError: its loss is not a number.
-        StorageError: the place cannot be reached or written.
+        StorageError: the place cannot be reached or made; found out before anything is fitted.
     """
     space = build_space(config)
     images = training_images(config, shards, space.num_fit_images, without=without)
@@ -112,7 +114,7 @@ def fitted_space(
 
 def takes_long(config: ExperimentConfig) -> bool:
     """Whether the config's space is trained, so that it pays to share it (:class:`raydiff.contracts.TrainedSpace`)."""
-    return hasattr(config.space, "num_steps")
+    return isinstance(config.space, LearntOptions)
 
 
 def seconds_elsewhere(line: Mapping[str, Any]) -> float:
@@ -183,23 +185,39 @@ def _alone(place: Place, report: Report) -> Iterator[bool]:
         yield False
         return
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        with alone_in(place):
-            pass
+        place.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"{place}: cannot be made ({error.strerror}); change data.spaces") from error
-    except ConfigError:
-        report({"space_awaited": str(place)})
-    with alone_in(place, wait=True) as certain:
+    with ExitStack() as held:
+        certain = False
+        with suppress(StorageError):  # a folder that others wrote and this process may only read
+            try:
+                certain = held.enter_context(alone_in(place))
+            except ConfigError:
+                report({"space_awaited": str(place)})
+                certain = held.enter_context(alone_in(place, wait=True))
         yield certain
 
 
 def _tidy(place: Place) -> None:
-    """Remove fits that were damaged or are half written; nobody else is here."""
+    """Remove fits that are damaged or half written; nobody else is here. What cannot be read may be a good one."""
     assert isinstance(place, Path)  # noqa: S101
-    for left in place.iterdir():
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
+    with suppress(OSError):
+        for left in place.iterdir():
+            if left.is_dir() and (left.name.startswith(".") or _is_damaged(left)):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_damaged(fit: Path) -> bool:
+    """Whether its files are surely not those that were written; not where the system failed to read them."""
+    try:
+        read_folder(fit)
+    except ArtifactError as error:
+        cause = error.__cause__
+        return isinstance(cause, FileNotFoundError) or not isinstance(cause, OSError)
+    except OSError:
+        return False
+    return False
 
 
 def _kept(place: Place, origin: Mapping[str, Any]) -> FittedSpace | None:
@@ -212,7 +230,7 @@ def _kept(place: Place, origin: Mapping[str, Any]) -> FittedSpace | None:
             if folder.json("origin.json") == origin:
                 progress = folder.json("progress.json")
                 return FittedSpace(folder.tensors("space.safetensors"), progress["lines"], float(progress["seconds"]))
-        except (ArtifactError, OSError) as error:
+        except (ArtifactError, DataError, StorageError, OSError) as error:
             _logger.warning("%s; it is passed over", error)
     return None
 
@@ -220,12 +238,18 @@ def _kept(place: Place, origin: Mapping[str, Any]) -> FittedSpace | None:
 def _keep(place: Place, origin: Mapping[str, Any], fitted: FittedSpace) -> FittedSpace:
     """Write a fit, and give back the one that all will find: another process may have been faster.
 
-    Raises:
-        StorageError: it cannot be written.
+    One that cannot be written is given back as it is.
     """
     files = {
         "origin.json": encode_json(origin), "space.safetensors": encode_tensors(fitted.state),
         "progress.json": encode_json({"seconds": fitted.seconds, "lines": fitted.lines}),
     }  # fmt: skip
-    write_folder(place / uuid.uuid4().hex[:12], "space", files)
-    return _kept(place, origin) or fitted
+    try:
+        write_folder(place / uuid.uuid4().hex[:12], "space", files)
+        return _kept(place, origin) or fitted
+    except (StorageError, OSError) as error:
+        _logger.warning(
+            "%s; this run goes on with the space it fitted, and the next will fit it again: make room in data.spaces,"
+            " or set it to a place that can be written", error,
+        )  # fmt: skip
+        return fitted

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from raydiff.config import DataConfig, ExperimentConfig, Options, component_options
+from raydiff.detector import space_options
 from raydiff.errors import ConfigError
 from raydiff.fitted_spaces import takes_long
 from raydiff.shards.layout import recorded_fields
@@ -92,6 +93,9 @@ class Training:
         if self.teacher is not None or not takes_long(config) or config.contamination.max_share:
             return None
         others = {name: ExperimentConfig.model_fields[name].get_default(call_default_factory=True) for name in _BEHIND}
+        others["space"] = space_options(config)
+        if not config.augmentation.changes:  # else its views are drawn from the run's seed
+            others["seed"] = 0
         content = [self.shards, config.model_copy(update=others).digest(), *_threads(self.resources)]
         return _short([*content, self.resources.num_gpus > 0])
 

@@ -21,16 +21,19 @@ from torch import Tensor
 from raydiff.artifact import read_folder
 from raydiff.benchmark import plan, run_benchmark
 from raydiff.config import ExperimentConfig
+from raydiff.config import Options as SpaceOptions
 from raydiff.crossfit import parts_of
 from raydiff.errors import ConfigError, StorageError
 from raydiff.experiment import fit_locally, open_run
-from raydiff.fitted_spaces import FittedSpace, fitted_space
+from raydiff.fitted_spaces import FittedSpace, fitted_space, takes_long
 from raydiff.journal import alone_in
 from raydiff.results import Result, read_results
 from raydiff.search_space import SearchSpace
 from raydiff.shards import ShardSet, write_shards
 from raydiff.spaces._learning import LearntSpace
 from raydiff.spaces.feature import FeatureSpace
+from raydiff.storage import Storage
+from raydiff.sweep.final import refit
 from raydiff.sweep.jobs import Job, train_networks
 from raydiff.tracking import progress_line
 from tests.test_suite import TINY as SUITE
@@ -184,6 +187,45 @@ def test_what_is_not_whole_is_fitted_anew(
     assert read_folder(left).kind == "space"
 
 
+def test_what_the_system_fails_to_read_is_not_removed(
+    latent: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path, fits: list[str]
+) -> None:
+    """Such an error may pass, as with too many open files; here a link to itself is one."""
+    spaces = str(tmp_path / "spaces")
+    first = fitted_space(latent, digit_shards, spaces=spaces)
+    (manifest,) = (tmp_path / "spaces").glob("*/*/manifest.json")
+    content = manifest.read_bytes()
+    manifest.unlink()
+    manifest.symlink_to(manifest.name)
+    assert same(first, fitted_space(latent, digit_shards, spaces=spaces))
+    assert len(fits) == 2
+    manifest.unlink()
+    manifest.write_bytes(content)
+    assert read_folder(manifest.parent).kind == "space"
+    assert same(first, fitted_space(latent, digit_shards, spaces=spaces))
+    assert len(fits) == 2
+
+
+def test_a_fit_that_cannot_be_kept_is_not_lost(
+    latent: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path, fits: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The place goes while the space is fitted; then one that is there and takes nothing."""
+    spaces, first = tmp_path / "spaces", fitted_space(latent, digit_shards)
+
+    def spoil(_: Mapping[str, Any]) -> None:
+        (place,) = spaces.iterdir()
+        if place.is_dir():
+            shutil.rmtree(place)
+            place.write_text("")
+
+    for place, report in ((str(spaces), spoil), ("/proc", lambda _: None)):
+        caplog.clear()
+        assert same(first, fitted_space(latent, digit_shards, spaces=place, report=report))
+        assert f"{place}/latent-" in caplog.text
+        assert "make room in data.spaces, or set it to a place that can be written" in caplog.text
+    assert len(fits) == 3
+
+
 def test_of_several_at_once_one_fits_and_the_others_wait(
     config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path, fits: list[str]
 ) -> None:
@@ -278,6 +320,12 @@ def test_a_store_keeps_them_too(
     assert fits == ["latent"]
     assert [line["space_found"].startswith(f"s3://store/{tmp_path.name}/spaces/latent-") for line in lines] == [True]
     assert "secret" not in str(lines)
+    place = Storage.of(spaces) / Storage.of(spaces).folders()[0]
+    fit = place / place.folders()[0]
+    fit.delete("manifest.json")
+    fit.write("manifest.json/is a folder", b"")  # and no file that can be read
+    assert same(first, fitted_space(latent, digit_shards, spaces=spaces))
+    assert fits == ["latent", "latent"]
 
 
 def test_folds_learn_spaces_of_their_own_and_find_them(
@@ -369,6 +417,45 @@ def test_which_trainings_have_one_task_for_their_space(suite: dict[str, Any], tm
     assert groups({name: {"space": {"name": "pixel"}} for name in suite["trainings"]}, {}) == [None, None]
 
 
+def test_a_space_with_a_seed_of_its_own_is_one_for_all_seeds(suite: dict[str, Any], tmp_path: Path) -> None:
+    """Unless views of the images are learnt from, which are drawn from the run's seed."""
+
+    def spaces(fields: Mapping[str, Any]) -> int:
+        narrow = suite["trainings"]["narrow"]
+        content = suite | {"seeds": [0, 1], "trainings": {"narrow": narrow | fields}, "methods": {}}
+        content["methods"] = {"narrow": suite["methods"]["narrow"]}
+        trainings = plan(write(tmp_path / "suite.yaml", content)).trainings.values()
+        assert len(trainings) == 2
+        return len({training.space for training in trainings})
+
+    views = {"augmentation": {"rotation": 10, "views": 2}}
+    assert [spaces({}), spaces({"space": ROTNET | {"seed": 7}})] == [2, 1]
+    assert spaces({"space": ROTNET | {"seed": 7}, "tiles": {"size": [4, 4]}}) == 1
+    assert spaces({"space": ROTNET | {"seed": 7}, **views}) == 2
+
+
+def test_tiles_of_a_space_with_a_seed_of_its_own_are_the_same_for_all_seeds(
+    latent: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path, fits: list[str]
+) -> None:
+    config = latent.override({"space.seed": 7, "tiles.size": [4, 4]})
+    found = [fitted_space(config.override({"seed": s}), digit_shards, spaces=str(tmp_path)) for s in (0, 1)]
+    assert same(*found)
+    assert fits == ["latent"]
+
+
+def test_a_space_takes_long_where_it_is_trained(
+    config: ExperimentConfig, feature_config: ExperimentConfig, latent: ExperimentConfig
+) -> None:
+    class Iterative(SpaceOptions):
+        """Options of a space that is no network, with an option that is called as one of a training is."""
+
+        name: str = "iterative"
+        num_steps: int = 3
+
+    assert [takes_long(each) for each in (config, latent, feature_config)] == [True, True, False]
+    assert not takes_long(config.model_copy(update={"space": Iterative()}))
+
+
 def test_a_sweeps_networks_share_a_space_and_each_row_counts_it(
     config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path, fits: list[str]
 ) -> None:
@@ -383,6 +470,25 @@ def test_a_sweeps_networks_share_a_space_and_each_row_counts_it(
     for schedule in ("linear", "sigmoid"):
         job = Job(tmp_path, digit_shards.uri, search, config, {"schedule.beta_schedule": schedule}, (0,))
         seconds.append(train_networks(job).rows[0].seconds)
+    assert fits == ["rotnet"]
+    (progress,) = (tmp_path / "spaces").glob("*/*/progress.json")
+    assert min(seconds) > json.loads(progress.read_text())["seconds"]
+
+
+def test_winner_and_start_share_a_space_and_each_counts_it(
+    config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path, fits: list[str]
+) -> None:
+    search = SearchSpace.model_validate(
+        {
+            "objectives": ["loss"], "trials": 1, "seeds": [0],
+            "parameters": {"schedule.beta_schedule": {"choices": ["linear", "sigmoid"]}},
+        }
+    )  # fmt: skip
+    config = config.override({"space.num_steps": 200, "training.num_steps": 2})
+    job, seconds = Job(tmp_path, digit_shards.uri, search, config, {}, (0,)), []
+    for which, params in (("winner", {"schedule.beta_schedule": "linear"}), ("start", {})):
+        done = refit(job, job.scored(params, 100), tmp_path / which, digit_shards, ["loss"], test=False)
+        seconds.append(done.selection["training_seconds"])
     assert fits == ["rotnet"]
     (progress,) = (tmp_path / "spaces").glob("*/*/progress.json")
     assert min(seconds) > json.loads(progress.read_text())["seconds"]

@@ -276,17 +276,13 @@ def _refit(
     job: Job, name: str, config: ExperimentConfig, shards: ShardSet, names: Sequence[str], *, test: bool
 ) -> Refit:
     """In the sweep's folder; with a store on a copy of what lies there, which is put back."""
-    kinds = job.space.anomalies
     if job.store is None:
-        return refit(
-            config, job.out / name, shards, names, fit=fit_of(job), kinds=kinds, test=test, device=job.device
-        )  # fmt: skip
+        return refit(job, config, job.out / name, shards, names, fit=fit_of(job), test=test)
     with on_node(job.store, name) as mirror:
-        fit = fit_of(replace(job, out=mirror.folder))
+        here = replace(job, out=mirror.folder)
         done = refit(
-            config, mirror.folder / name, shards, names, fit=fit, kinds=kinds, test=test, device=job.device,
-            keep=mirror.put_now_and_then,
-        )  # fmt: skip
+            here, config, here.out / name, shards, names, fit=fit_of(here), test=test, keep=mirror.put_now_and_then
+        )
         shutil.rmtree(mirror.folder / name / CHECKPOINTS, ignore_errors=True)
         return done
 

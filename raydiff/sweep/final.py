@@ -22,13 +22,14 @@ from raydiff.core.calibration import Calibration
 from raydiff.detector import DiffusionDetector, load_detector
 from raydiff.errors import ConfigError, ScoreError, ShapeError
 from raydiff.evaluation import evaluate
-from raydiff.experiment import ARTIFACT, fit_locally
+from raydiff.experiment import ARTIFACT
+from raydiff.fitted_spaces import seconds_elsewhere
 from raydiff.journal import alone_in, write_whole
 from raydiff.predictions import Predictions
 from raydiff.search_space import LEVELS, Parameter, SearchSpace
 from raydiff.shards import ShardSet
 from raydiff.sweep.evidence import EvidenceCache
-from raydiff.sweep.jobs import TRAINING, Fit, Job, placed, train_networks
+from raydiff.sweep.jobs import TRAINING, Fit, Job, local_fit, placed, train_networks
 from raydiff.sweep.objectives import measure_setting
 from raydiff.sweep_records import Refit, Setting
 from raydiff.tracking import read_metrics
@@ -111,22 +112,22 @@ def grid(parameter: Parameter, best: Any, count: int) -> list[Any]:
 
 
 def refit(
+    job: Job,
     config: ExperimentConfig,
     place: Path,
     shards: ShardSet,
     names: Sequence[str],
     *,
     fit: Fit | None = None,
-    kinds: Sequence[str] = (),
     test: bool,
-    device: str = "cpu",
     keep: Callable[[], None] = lambda: None,
 ) -> Refit:
     """Train and calibrate a whole config, measure it on the selection split and, where asked, once on test.
 
     A refit that is finished is read from its folder. ``names`` are the objectives to measure. The synthetic anomalies
-    are others than the search's, of its ``kinds``; the calibration normals are the same, there being no more. ``keep``
-    is called with each line of metrics, when what is finished may be put elsewhere.
+    are others than the search's, of its kinds; the calibration normals are the same, there being no more. ``fit`` says
+    how to train, in this process by default. ``keep`` is called with each line of metrics, when what is finished may be
+    put elsewhere. ``training_seconds`` counts the fit of a space, whoever did it.
     """
     path = place / "refit.json"
     if path.exists():
@@ -134,15 +135,19 @@ def refit(
         if known.test or not test:
             return known
     if not (place / ARTIFACT / "manifest.json").exists():
-        begun = time.monotonic()
-        if fit is None:
-            fit_locally(config, place, shards, device=device, on_metrics=lambda _: keep())
-        else:
-            fit(config, place, shards, lambda _: keep())
-        write_whole(place / _SECONDS, json.dumps(time.monotonic() - begun))
-    detector = load_detector(place / ARTIFACT, device=device)
+        begun, elsewhere = time.monotonic(), 0.0
+
+        def heed(line: Mapping[str, Any]) -> None:
+            nonlocal elsewhere
+            elsewhere += seconds_elsewhere(line)
+            keep()
+
+        (fit or local_fit(job))(config, place, shards, heed)
+        write_whole(place / _SECONDS, json.dumps(time.monotonic() - begun + elsewhere))
+    detector = load_detector(place / ARTIFACT, device=job.device)
     assert isinstance(detector, DiffusionDetector)  # noqa: S101
-    selection = measure_setting(EvidenceCache.of(detector, shards, seed=_OTHER_ANOMALIES, kinds=kinds), config, names)
+    cache = EvidenceCache.of(detector, shards, seed=_OTHER_ANOMALIES, kinds=job.space.anomalies)
+    selection = measure_setting(cache, config, names)
     measured = _on_test(detector, shards) if test else ({}, ())
     result = Refit(config.seed, {**_of_training(place), **selection}, *measured)
     _write(path, result)

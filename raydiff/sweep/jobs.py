@@ -50,7 +50,7 @@ from raydiff.sweep_records import (
 )
 from raydiff.tracking import read_metrics
 
-__all__ = ["SCORING", "TRAINING", "Fit", "Job", "Networks", "placed", "stopped", "train_networks"]
+__all__ = ["SCORING", "TRAINING", "Fit", "Job", "Networks", "local_fit", "placed", "stopped", "train_networks"]
 
 TRAINING: tuple[Level, ...] = ("training",)
 SCORING: tuple[Level, ...] = ("evidence", "judgement")
@@ -213,7 +213,7 @@ def train_networks(
         place = job.folder / f"seed-{seed}"
         if seed not in known:
             known[seed] = _trained(
-                job, place, seed, shards, fit or _local(job), report if not number else _no_report, keep
+                job, place, seed, shards, fit or local_fit(job), report if not number else _no_report, keep
             )
             append_trainings(job.folder, [known[seed]])
             keep()
@@ -286,7 +286,9 @@ def _spent(place: Path) -> float:
         return 0.0
 
 
-def _local(job: Job) -> Fit:
+def local_fit(job: Job) -> Fit:
+    """Trains in this process, on the job's device; trained spaces are those of the whole sweep."""
+
     def fit(config: ExperimentConfig, place: Path, shards: ShardSet, heed: Callable[[Mapping[str, Any]], None]) -> None:
         fit_locally(config, place, shards, device=job.device, on_metrics=heed, spaces=job.spaces)
 
