@@ -247,7 +247,7 @@ def test_of_several_at_once_one_fits_and_the_others_wait(
     assert same(found[0], found[2])
     assert len([line for line in lines if "space_found" in line]) == 2
     awaited = [progress_line(line, 1, 1) for line in lines if "space_awaited" in line]
-    assert awaited
+    assert 1 <= len(awaited) <= 2, "the one that fits it awaits nobody"
     assert awaited[0].startswith(f"space: another process is fitting it, for {spaces}/rotnet-")
 
 
@@ -484,7 +484,7 @@ def test_winner_and_start_share_a_space_and_each_counts_it(
             "parameters": {"schedule.beta_schedule": {"choices": ["linear", "sigmoid"]}},
         }
     )  # fmt: skip
-    config = config.override({"space.num_steps": 200, "training.num_steps": 2})
+    config = config.override({"space.num_steps": 80, "training.num_steps": 2})
     job, seconds = Job(tmp_path, digit_shards.uri, search, config, {}, (0,)), []
     for which, params in (("winner", {"schedule.beta_schedule": "linear"}), ("start", {})):
         done = refit(job, job.scored(params, 100), tmp_path / which, digit_shards, ["loss"], test=False)
