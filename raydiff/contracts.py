@@ -163,8 +163,7 @@ class Space(Protocol):
 class TrainedSpace(Space, Protocol):
     """A :class:`Space` whose fit is a training, and says how far it is. Optional.
 
-    Its options have ``num_steps``; a ``seed`` of theirs that is None becomes the run's. Benchmarks and sweeps share its
-    fits where they are :class:`raydiff.spaces._learning.LearntOptions`.
+    Its options have ``num_steps``; a ``seed`` of None becomes the run's. Benchmarks share fits of ``LearntOptions``.
     """
 
     def fit_with_progress(self, images: Tensor, report: Callable[[Mapping[str, Any]], None]) -> None:

@@ -179,7 +179,7 @@ def calibrated(detector: Detector, shards: ShardSet, *, run_dir: Place | None = 
 def placement_notes(config: ExperimentConfig, shards: ShardSet) -> Iterator[str]:
     """What is wrong with the canvas of aligned parts, by the first 64 training images, in words with a remedy."""
     spec = ImageSpec.of(config.data)
-    if spec.aligned_width is None or config.data.shard_format == "raw":
+    if spec.aligned_width is None or shards.data["shard_format"] == "raw":  # of raw pixels nothing is known any more
         return
     with GroupReader(shards, "train") as reader:
         rows = islice(chain.from_iterable(map(reader.rows, reader.groups_of(None))), _LOOKED_AT)

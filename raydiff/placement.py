@@ -219,7 +219,6 @@ class Placement:
 
     def _turned(self, image: Image.Image, *, mask: bool) -> NDArray[np.uint8]:
         """The canvas, (rows, columns) or (rows, columns, 3)."""
-        assert self.pose is not None  # noqa: S101
         left, top, right, bottom = self._shown()
         image = image.crop((left, top, right, bottom))
         width, height = image.size
@@ -228,21 +227,10 @@ class Placement:
             image = image.resize(smaller, Image.Resampling.BICUBIC)
         pixels = np.array(image)
         channels = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)[None]  # (1, C, h, w)
-        along = torch.arange(self.columns, dtype=torch.float64)
-        along = (along - (self.columns - 1) / 2) / self.scale
-        down = torch.arange(self.rows, dtype=torch.float64)[:, None]
-        down = (down - (self.rows - 1) / 2) / self.scale
-        sine, cosine = math.sin(self.pose.angle), math.cos(self.pose.angle)
-        x0, y0 = 2 * (self.pose.column - left) + 1 - width, 2 * (self.pose.row - top) + 1 - height
-        grid = torch.stack(
-            [
-                ((2 * cosine * along + x0) / width).float() - (2 * sine * down / width).float(),
-                ((2 * sine * along + y0) / height).float() + (2 * cosine * down / height).float(),
-            ],
-            dim=-1,
-        )  # (rows, columns, 2) in [-1, 1]
+        ys, xs = self._on_original(np.arange(self.rows)[:, None], np.arange(self.columns))  # (rows, columns)
+        grid = np.stack([(2 * (xs - left) + 1) / width - 1, (2 * (ys - top) + 1) / height - 1], axis=-1)
         sampled = F.grid_sample(
-            channels.float(), grid[None], align_corners=False,
+            channels.float(), torch.from_numpy(grid)[None].float(), align_corners=False,
             mode="nearest" if mask else "bicubic", padding_mode="zeros" if mask else "border",
         )  # fmt: skip
         turned: NDArray[np.uint8] = sampled[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()

@@ -323,6 +323,8 @@ def test_fit_says_what_is_wrong_with_the_canvas(tmp_path: Path) -> None:
     shards = write_shards(plain.data, str(tmp_path / "shards"))
     level = plain.override({"data.align": "principal_axis", "data.calibration_fraction": 0.05})
     assert list(placement_notes(plain, shards)) == []
+    raw = write_shards(level.override({"data.shard_format": "raw"}).data, str(tmp_path / "raw"))
+    assert list(placement_notes(level, raw)) == []
     [note] = placement_notes(level, shards)
     assert re.match(r"in [123] of \d+ training images no part stands out .*; leave them out, or set data\.align", note)
     _, cut = placement_notes(level.override({"data.aligned_width": 0.4}), shards)

@@ -305,13 +305,15 @@ def _decode_row(row: dict[str, Any], spec: ImageSpec, on_bad_image: Literal["err
     try:
         stored = StoredImage(row["image_id"], row["image"], row["format"], shape)
         mask = None
-        if row["mask"] is None or row["format"] == "raw":
+        if row["format"] == "raw":
             pixels = stored.pixels(spec)
+            if row["mask"] is not None:
+                mask = np.frombuffer(row["mask"], np.uint8).reshape(shape[:2]).astype(np.bool_)
         else:
             image = stored.decoded(spec)
-            pixels, mask = image.pixels, decode_mask(row["mask"], spec, name, image=image)
-        if row["mask"] is not None and row["format"] == "raw":
-            mask = np.frombuffer(row["mask"], np.uint8).reshape(shape[:2]).astype(np.bool_)
+            pixels = image.pixels
+            if row["mask"] is not None:
+                mask = decode_mask(row["mask"], spec, name, image=image)
     except DataError as error:
         if on_bad_image == "error":
             raise
