@@ -25,6 +25,7 @@ from raydiff.config import Section
 from raydiff.core.chunks import each_by_chunks
 from raydiff.core.diffusion import full_precision, keyed_seed
 from raydiff.core.fusion import folded
+from raydiff.core.lighting import standardised
 from raydiff.errors import ArtifactError, ConfigError, RaydiffError
 
 __all__ = [
@@ -71,6 +72,7 @@ class BackboneOptions(Section):
     levels: tuple[int, ...] = Field(
         (1, 2, 3), description="feature maps used; in most models level l has stride 2^(l+1)"
     )
+    standardise: bool = Field(False, description="bring each image to one mean and deviation first, whatever its light")
 
     @model_validator(mode="after")
     def _check_levels(self) -> Self:
@@ -186,11 +188,12 @@ class Backbone:
 
     def covers(self, other: Backbone) -> bool:
         """Whether this network, as far as the other one goes, is the other one, weight for weight."""
-        same = (self.options.backbone, self._compile) == (other.options.backbone, other._compile)
-        if not same or self.options.levels[-1] < other.options.levels[-1]:
+        mine, its = self.options, other.options
+        same = (mine.backbone, mine.standardise, self._compile) == (its.backbone, its.standardise, other._compile)
+        if not same or mine.levels[-1] < its.levels[-1]:
             return False
-        for mine, its in ((self._folded, other._folded), (self._network, other._network)):
-            if mine is None or its is None or not its.state_dict().keys() <= mine.state_dict().keys():
+        for own, theirs in ((self._folded, other._folded), (self._network, other._network)):
+            if own is None or theirs is None or not theirs.state_dict().keys() <= own.state_dict().keys():
                 return False  # cut off sooner, or not folded alike
         state = self.state()
         return all(torch.equal(value, state[key]) for key, value in other.state().items())
@@ -208,9 +211,10 @@ class Backbone:
 
     def _normalised(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) as the network was trained on, channels last; grey is repeated."""
-        images = images.float().expand(-1, 3, -1, -1)
-        normalised = ((images + 1) / 2 - self._mean.to(images)) / self._std.to(images)
-        return normalised.contiguous(memory_format=torch.channels_last)
+        images, mean, std = (images.float() + 1) / 2, self._mean.to(images), self._std.to(images)
+        if self.options.standardise:
+            images = standardised(images, mean.mean(), std.mean())
+        return ((images.expand(-1, 3, -1, -1) - mean) / std).contiguous(memory_format=torch.channels_last)
 
     def _take(self, network: nn.Module) -> None:
         from timm.data import resolve_data_config

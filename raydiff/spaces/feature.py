@@ -4,6 +4,10 @@ Each cell of the grid is a vector: several levels of the network joined, each ch
 same weight, projected on the principal axes of normal training images. Dividing every axis by its deviation would make
 noise as loud as structure; ``whitening`` softens that, in between the plain projection (0) and equal axes (1).
 
+With ``statistics: per_cell`` each cell is then centred and whitened by what training images look like at its place
+(:mod:`raydiff.cell_gaussians`): for parts that lie the same way in every image. The squared length of a cell is then
+its squared Mahalanobis distance, as in PaDiM, and the diffusion learns what a Gaussian per cell cannot say.
+
 Diffusing features instead of pixels is what the best diffusion models for industrial images do (InvAD, Sakai et al.
 2025, arXiv:2504.05662); PCA on joined levels goes back to PaDiM (Defard et al. 2020, arXiv:2011.08785). There is no way
 back to images.
@@ -15,7 +19,7 @@ import math
 from collections.abc import Callable, Mapping
 from copy import copy
 from functools import partial
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -23,12 +27,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raydiff.backbone import Backbone, BackboneOptions, FeatureMaps, Grid, Head, averaged, grid_size, joined
+from raydiff.cell_gaussians import CellGaussians, Moments
 from raydiff.config import Options as BaseOptions
 from raydiff.core.diffusion import keyed_seed
 from raydiff.errors import ArtifactError, ConfigError, RaydiffError
 from raydiff.spaces._projection import principal_axes
 
 __all__ = ["FeatureSpace", "Options", "build"]
+
+_PART = 32
+"""Grids that are whitened at a time while fitting."""
 
 
 class Options(BackboneOptions, BaseOptions):
@@ -44,8 +52,35 @@ class Options(BackboneOptions, BaseOptions):
     )
     num_components: int = Field(96, ge=1, description="principal axes kept: the channels of what is diffused")
     whitening: float = Field(0.5, ge=0, le=1, description="power to which each axis is divided by its deviation")
-    num_fit_images: int = Field(200, ge=1, description="training images that the projection is learnt from, at most")
+    statistics: Literal["shared", "per_cell"] = Field(
+        "shared",
+        description="per_cell: each cell of the grid is centred and whitened by a mean and a covariance of its own; for"
+        " parts that lie the same way in every image, some hundred of them",
+    )
+    shrinkage: float = Field(
+        0.01,
+        gt=0,
+        le=1,
+        description="share of a cell's covariance that is alike in all directions: more for few images",
+    )
+    num_fit_images: int = Field(
+        200, ge=1, description="training images that it is learnt from, at most; 1,000 if statistics is per_cell"
+    )
     num_fit_cells: int = Field(20_000, ge=2, description="cells of their grids that it is learnt from, at most")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _more_images_per_cell(cls, given: Any) -> Any:
+        """Each cell sees one vector an image, so that a covariance of its own wants all of them."""
+        if isinstance(given, dict) and given.get("statistics") == "per_cell":
+            return {"num_fit_images": 1000} | given
+        return given
+
+    @model_validator(mode="after")
+    def _check_shrinkage(self) -> Self:
+        if self.statistics == "shared" and self.shrinkage != type(self).model_fields["shrinkage"].default:
+            raise ValueError(f"shrinkage is {self.shrinkage} and statistics shared; set statistics to per_cell")
+        return self
 
     @model_validator(mode="after")
     def _check_neighbourhood(self) -> Self:
@@ -65,6 +100,7 @@ class FeatureSpace:
         self.shape = (options.num_components, *grid_size(options.grid, image_size))
         self._backbone = Backbone(options)
         self._mean, self._projection = torch.empty(0), torch.empty(0)
+        self._cells: CellGaussians | None = None
 
     @property
     def pretrained(self) -> str | None:
@@ -85,15 +121,21 @@ class FeatureSpace:
             )
 
     def fit(self, images: Tensor) -> None:
-        """Learn the projection from images (n, C, H, W) in [-1, 1]; the cells are sampled by a fixed seed."""
+        """Learn the projection from images (n, C, H, W) in [-1, 1]; the cells are sampled by a fixed seed.
+
+        Raises:
+            ConfigError: the backbone's weights are missing, or ``statistics`` is ``per_cell`` and n is 1.
+        """
         self.check()
-        cells = self._cells(images)
+        grids = self._backbone(images.detach(), self._joined)  # (n, D, h, w)
+        cells = self._sampled(grids)
         scale = self._level_scale(cells)  # (D,)
         mean = cells.mean(0)
         centred = (cells - mean) * scale
         axes = principal_axes(centred, self.options.num_components, self.options.whitening)
         self._mean = mean.float()
         self._projection = (scale[:, None] * axes).T.float().contiguous()  # (K, D)
+        self._cells = self._gaussians(grids) if self.options.statistics == "per_cell" else None
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, C, H, W) images in [-1, 1] to (B, K, h, w), of mean 0 and variance 1 over cells of normal images."""
@@ -108,15 +150,18 @@ class FeatureSpace:
         """The projection of maps, on the device of ``images``: :meth:`encode` is the backbone's call with it."""
         if not len(self._mean):
             raise RaydiffError("space 'feature' has learnt nothing yet; call fit or load_state first")
-        return partial(self._project, self._mean.to(images.device), self._projection.to(images.device))
+        cells = None if self._cells is None else self._cells.to(images.device)
+        return partial(self._project, self._mean.to(images.device), self._projection.to(images.device), cells)
 
     def decode(self, latents: Tensor) -> Tensor | None:  # noqa: ARG002
         """None: features have no way back to images."""
         return None
 
     def state(self) -> dict[str, Tensor]:
-        """``mean`` (D,), ``projection`` (K, D), and the backbone's weights."""
+        """``mean`` (D,), ``projection`` (K, D), the backbone's weights, ``cells.mean``, ``cells.whitening``."""
         weights = {f"backbone.{key}": value for key, value in self._backbone.state().items()}
+        if self._cells is not None:
+            weights |= {"cells.mean": self._cells.mean, "cells.whitening": self._cells.whitening}
         return weights | {"mean": self._mean, "projection": self._projection}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -128,8 +173,12 @@ class FeatureSpace:
         weights = {key.removeprefix("backbone."): v for key, v in state.items() if key.startswith("backbone.")}
         if {"mean", "projection"} - set(state) or len(state["projection"]) != self.options.num_components:
             raise ArtifactError("the state of space 'feature' does not fit its options; fit it again")
+        own = [state[key] for key in ("cells.mean", "cells.whitening") if key in state]
+        if len(own) != (2 if self.options.statistics == "per_cell" else 0):
+            raise ArtifactError("the state of space 'feature' does not fit its statistics; fit it again")
         self._backbone.load_state(weights)
         self._mean, self._projection = state["mean"], state["projection"]
+        self._cells = CellGaussians(*own) if own else None
 
     def compiled(self, quick: Callable[[nn.Module], nn.Module]) -> Self:
         """A copy whose backbone is ``quick`` of it."""
@@ -137,17 +186,32 @@ class FeatureSpace:
         other._backbone = self._backbone.compiled(quick)
         return other
 
-    def _project(self, mean: Tensor, projection: Tensor, maps: FeatureMaps) -> Tensor:
-        cells = self._joined(maps)
-        return F.conv2d(cells - mean[:, None, None], projection[:, :, None, None])  # (B, K, h, w)
+    def _project(self, mean: Tensor, projection: Tensor, cells: CellGaussians | None, maps: FeatureMaps) -> Tensor:
+        projected = _projected(self._joined(maps), mean, projection)  # (B, K, h, w)
+        return projected if cells is None else cells.whitened(projected)
+
+    def _gaussians(self, grids: Tensor) -> CellGaussians:
+        """Of the projected joined grids (n, D, h, w), scaled so that what is whitened has a mean square of 1."""
+        if len(grids) < 2:
+            raise ConfigError(
+                "space.statistics is per_cell and there is 1 training image, which has no covariance; add images, or"
+                " leave it shared"
+            )
+        mean, projection = self._mean.to(grids.device), self._projection.to(grids.device)
+        moments, total = Moments(), 0.0
+        for part in torch.split(grids, _PART):
+            moments.add(_projected(part, mean, projection))
+        gaussians = moments.gaussians(self.options.shrinkage)
+        for part in torch.split(grids, _PART):
+            total += float(gaussians.whitened(_projected(part, mean, projection).cpu()).square().mean((1, 2, 3)).sum())
+        return gaussians.scaled(1 / math.sqrt(max(total / len(grids), 1e-12)))
 
     def _joined(self, maps: FeatureMaps) -> Tensor:
         """(B, D, h, w): all levels on the grid."""
         return joined(averaged(maps, self.options.neighbourhood), (self.shape[1], self.shape[2]))
 
-    def _cells(self, images: Tensor) -> Tensor:
-        """Sampled cells of the joined grids, float64 (n, D)."""
-        grids = self._backbone(images.detach(), self._joined)
+    def _sampled(self, grids: Tensor) -> Tensor:
+        """Some cells of the joined grids (n, D, h, w), float64 (cells, D)."""
         cells = grids.movedim(1, -1).flatten(0, 2).cpu()  # (n h w, D)
         generator = torch.Generator().manual_seed(keyed_seed("feature", len(cells)))
         kept = torch.randperm(len(cells), generator=generator)[: self.options.num_fit_cells].sort().values
@@ -158,6 +222,11 @@ class FeatureSpace:
         deviation = cells.std(0, correction=0)
         weights = [torch.full((count,), 1 / math.sqrt(count)) for count in self._backbone.num_channels]
         return torch.cat(weights).double() / deviation.clamp(min=1e-3 * float(deviation.max()) + 1e-12)
+
+
+def _projected(grids: Tensor, mean: Tensor, projection: Tensor) -> Tensor:
+    """(B, D, h, w) to (B, K, h, w)."""
+    return F.conv2d(grids - mean[:, None, None], projection[:, :, None, None])
 
 
 def build(options: Options, *, channels: int, image_size: tuple[int, int]) -> FeatureSpace:  # noqa: ARG001
