@@ -57,6 +57,18 @@ def test_a_row_depends_on_its_image_alone(
     assert lite0(images[:0], head).shape == (0, *whole.shape[1:])
 
 
+def test_standardised_images_look_alike_in_any_light(tiny_file: Path) -> None:
+    images = 0.5 * small_images(3, (32, 32), 3)
+    images[2] = 0.3  # nothing to see: it becomes grey
+    darker = 0.4 * (images + 1) - 1
+    plain, usual = tiny(tiny_file).load(), tiny(tiny_file, standardise=True).load()
+    torch.testing.assert_close(usual(darker, on_grid), usual(images, on_grid), rtol=1e-3, atol=1e-3)
+    assert float((plain(darker, on_grid) - plain(images, on_grid)).abs().max()) > 0.05
+    torch.testing.assert_close(usual(images[2:], on_grid), usual(torch.zeros(1, 3, 32, 32), on_grid))
+    assert torch.equal(torch.cat([usual(image[None], on_grid) for image in images]), usual(images, on_grid))
+    assert not usual.covers(plain)
+
+
 def test_gradients_reach_images_that_ask_for_them(lite0: Backbone) -> None:
     images = small_images(2, (32, 32), 3)
     plain = lite0(images, pooled)

@@ -313,6 +313,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "data.grids_dtype": {"data.grids": "run"},
     "data.aligned_width": {"data.align": "principal_axis", "data.resize": "stretch"},
     "data.align": {"data.resize": "stretch"},
+    "space.shrinkage": {"space.statistics": "per_cell"},
 }
 """What a field demands of others."""
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from raydiff import backbone
 from raydiff.errors import ArtifactError, ConfigError, RaydiffError
@@ -14,6 +16,7 @@ from raydiff.spaces.feature import FeatureSpace, Options, build
 from raydiff.testing import check_space, small_images
 
 SIZE = (32, 32)
+PER_CELL = {"statistics": "per_cell", "num_components": 6, "shrinkage": 0.1}
 
 
 def fitted(**fields: object) -> FeatureSpace:
@@ -78,6 +81,59 @@ def test_a_neighbourhood_is_averaged_on_each_levels_own_cells() -> None:
     assert 0 < changed[0] < changed[1]
     with pytest.raises(ValidationError, match="neighbourhood is 2; it must be odd"):
         Options(neighbourhood=2)
+
+
+def marked(count: int, left: int, seed: int) -> Tensor:
+    """Images with some noise and a bright square, whose left edge is at ``left``."""
+    images = 0.1 * torch.randn(count, 1, *SIZE, generator=torch.Generator().manual_seed(seed))
+    images[:, :, 12:20, left : left + 8] += 0.8
+    return images.clamp(-1, 1)
+
+
+def test_per_cell_a_part_in_another_place_is_odd() -> None:
+    """To statistics that all cells share it is a square like any other."""
+    ratios = {}
+    kinds: tuple[Literal["shared", "per_cell"], ...] = ("shared", "per_cell")
+    for statistics in kinds:
+        space = build(Options(num_components=6, statistics=statistics), channels=1, image_size=SIZE)
+        space.fit(marked(64, 4, 0))
+        usual, moved = (space.encode(marked(8, left, 1)).square().sum(1).amax((1, 2)).median() for left in (4, 20))
+        ratios[statistics] = float(moved / usual)
+    assert ratios["shared"] < 3
+    assert ratios["per_cell"] > 3 * ratios["shared"]
+
+
+def test_per_cell_normal_images_have_mean_0_and_variance_1_in_every_cell() -> None:
+    space = fitted(**PER_CELL)
+    latents = space.encode(small_images(64, SIZE, seed=1))
+    torch.testing.assert_close(latents.mean(0), torch.zeros(latents.shape[1:]), rtol=0, atol=1e-3)
+    assert float(latents.square().mean()) == pytest.approx(1, abs=1e-3)
+    per_cell = latents.square().mean((0, 1))
+    assert float(per_cell.max() / per_cell.min()) < 1.3
+
+
+def test_per_cell_keeps_its_state_and_the_contract() -> None:
+    space = fitted(**PER_CELL)
+    restored = build(space.options, channels=1, image_size=SIZE)
+    restored.load_state(space.state())
+    assert torch.equal(restored.encode(small_images(3, SIZE)), space.encode(small_images(3, SIZE)))
+    check_space("feature", image_size=(48, 32), channels=3, levels=(0, 1), **(PER_CELL | {"standardise": True}))
+
+
+def test_per_cell_what_is_refused() -> None:
+    space = build(Options.model_validate(PER_CELL), channels=1, image_size=SIZE)
+    with pytest.raises(ConfigError, match="statistics is per_cell and there is 1 training image, which has no cov"):
+        space.fit(small_images(1, SIZE))
+    with pytest.raises(ArtifactError, match="does not fit its statistics; fit it again"):
+        space.load_state(fitted(num_components=6).state())
+    with pytest.raises(ValidationError, match=r"shrinkage is 0\.2 and statistics shared; set statistics to per_cell"):
+        Options(shrinkage=0.2)
+
+
+def test_per_cell_wants_more_images_unless_told() -> None:
+    assert Options(statistics="per_cell").num_fit_images == 1000
+    assert Options(statistics="per_cell", num_fit_images=50).num_fit_images == 50
+    assert Options().num_fit_images == 200
 
 
 def test_gradients_flow_back_to_images(space: FeatureSpace) -> None:
