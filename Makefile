@@ -21,12 +21,12 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# Side by side: the tests wait for Ray more than they compute.
 test: $(STAMP)
 	$(MAKE) --no-print-directory --jobs=2 lint pytest
 
+# Two processes: one has all that starts Ray and mostly waits, the other one all the rest (tests/conftest.py).
 pytest: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
