@@ -20,13 +20,11 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from benchmarks.paired import Key, differences, shards_of
+from benchmarks.paired import Key, differences, rows_of, shards_of
 from raydiff import registry
 from raydiff.config import component_options
 from raydiff.detector import DiffusionDetector, load_detector
-from raydiff.predictions import Predictions, read_predictions
 from raydiff.provenance import hardware, source_commit
-from raydiff.results import load_evaluations
 from raydiff.shards import ShardSet
 from raydiff.splits import split_batches, training_images
 
@@ -37,17 +35,6 @@ def encoded(detector: DiffusionDetector, shards: ShardSet) -> tuple[Tensor, Tens
     """What its space makes of training and of test images, (n, K, cells, cells)."""
     test = [detector.encode(images) for images in split_batches(shards, "test", detector.config)]
     return detector.encode(training_images(detector.config, shards, 10_000)), torch.cat(test)
-
-
-def rows_of(folders: list[Path]) -> dict[str, dict[Key, Predictions]]:
-    """Of the benchmarks, by method, class and seed: what was made of each test image."""
-    found: dict[str, dict[Key, Predictions]] = defaultdict(dict)
-    for folder in folders:
-        for evaluation in load_evaluations(folder / "results.jsonl"):
-            row = evaluation.rows[0]
-            predictions, _ = read_predictions(folder / "predictions" / f"{row.run}.parquet")
-            found[row.detector][row.category, row.seed] = predictions
-    return found
 
 
 def main() -> None:

@@ -1,7 +1,14 @@
-"""What benchmarks that read the folders of ``raydiff benchmark`` share: its shards, and differences of AUROC."""
+"""How much AUROC a method wins over others, paired, and what other benchmarks share that read such folders.
+
+    raydiff benchmark examples/suites/in_place.yaml --data DATA --out OUT
+    python -m benchmarks.paired OUT --of "per cell, diffusion"
+
+Each data set apart, over seeds and images, with 95 % intervals; both methods saw the same seeds' images.
+"""
 
 from __future__ import annotations
 
+import argparse
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +19,9 @@ from sklearn.metrics import roc_auc_score
 
 from raydiff.core.statistics import auroc_draws, hierarchical_difference
 from raydiff.detector import Detector
-from raydiff.predictions import Predictions
+from raydiff.predictions import Predictions, read_predictions
+from raydiff.provenance import hardware, source_commit
+from raydiff.results import load_evaluations
 from raydiff.shards import ShardSet
 
 Key = tuple[str, int]
@@ -44,3 +53,36 @@ def differences(ours: Mapping[Key, Predictions], theirs: Mapping[Key, NDArray[np
     whole = hierarchical_difference(list(values.values()), list(draws.values()))
     estimate = whole.estimate
     return f"{', '.join(parts)}; mean {estimate.value:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
+
+
+def rows_of(folders: Iterable[Path]) -> dict[str, dict[Key, Predictions]]:
+    """What each method of suites made of the test images, by data set or category, and seed."""
+    found: dict[str, dict[Key, Predictions]] = defaultdict(dict)
+    for folder in folders:
+        for evaluation in load_evaluations(folder / "results.jsonl"):
+            row = evaluation.rows[0]
+            predictions, _ = read_predictions(folder / "predictions" / f"{row.run}.parquet")
+            found[row.detector][row.category or row.dataset, row.seed] = predictions
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmarks", type=Path, nargs="+", metavar="OUT")
+    parser.add_argument("--of", required=True, metavar="METHOD")
+    parser.add_argument("--against", nargs="+", metavar="METHOD", help="all others by default")
+    arguments = parser.parse_args()
+    print(f"{hardware('cpu')}; commit {source_commit()}\n{arguments.of} minus", flush=True)
+    rows = rows_of(arguments.benchmarks)
+    for name in (arguments.of, *(arguments.against or ())):
+        if name not in rows:
+            raise SystemExit(f"no method is called {name!r} there; there are: {', '.join(sorted(rows))}")
+    ours = rows.pop(arguments.of)
+    for name in arguments.against or sorted(rows):
+        theirs = {key: predictions.scores for key, predictions in rows[name].items()}
+        if ours.keys() & theirs.keys():
+            print(f"  {name}: {differences(ours, theirs)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
