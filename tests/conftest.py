@@ -41,6 +41,7 @@ TINY = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything that starts Ray goes to one process of pytest-xdist, first; of the rest each file stays together.
 
