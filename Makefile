@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint pytest bench clean
+.PHONY: demo test lint pytest pytest-ray pytest-plain bench clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -21,12 +21,18 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+# Side by side: the tests that start Ray mostly wait for it, the others compute. Their dots mix; each ends with a summary.
 test: $(STAMP)
-	$(MAKE) --no-print-directory --jobs=2 lint pytest
+	$(MAKE) --no-print-directory --jobs=3 --keep-going lint pytest-ray pytest-plain
 
-# Two processes: one has all that starts Ray and mostly waits, the other one all the rest (tests/conftest.py).
+pytest-ray: $(STAMP)
+	$(BIN)/python -m pytest -m "distributed and not slow"
+
+pytest-plain: $(STAMP)
+	$(BIN)/python -m pytest -m "not distributed and not slow"
+
 pytest: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup
+	$(BIN)/python -m pytest
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks

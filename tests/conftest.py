@@ -41,23 +41,6 @@ TINY = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything that starts Ray goes to one process of pytest-xdist, first; of the rest each file stays together.
-
-    Two Rays on one machine would find each other. Their tests mostly wait, so the other process has the processor.
-    """
-    here = Path(__file__).parent
-    alone = {here / "distributed", here / "clusters"}
-
-    def on_ray(item: pytest.Item) -> bool:
-        return item.get_closest_marker("distributed") is not None or not alone.isdisjoint(item.path.parents)
-
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if on_ray(item) else str(item.path)))
-    items.sort(key=on_ray, reverse=True)
-
-
 @pytest.fixture(scope="session")
 def tiny_config() -> ExperimentConfig:
     """Digits, a U-Net of 20,000 weights, 24 steps."""
