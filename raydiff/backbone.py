@@ -72,7 +72,7 @@ class BackboneOptions(Section):
     levels: tuple[int, ...] = Field(
         (1, 2, 3), description="feature maps used; in most models level l has stride 2^(l+1)"
     )
-    standardise: bool = Field(False, description="bring each image to one mean and deviation first, whatever its light")
+    standardise: bool = Field(False, description="bring each image, or tile, to one mean and deviation first")
 
     @model_validator(mode="after")
     def _check_levels(self) -> Self:

@@ -54,11 +54,15 @@ __all__ = [
     "of_fold",
     "placement_notes",
     "provenance_of",
+    "statistics_notes",
     "write_config",
 ]
 
 ARTIFACT, CONFIG, SUSPECTS = "artifact", "config.yaml", "suspects.csv"
 _MAX_BASELINE_IMAGES, _MAX_BASELINE_TILES = 10_000, 2_000
+_IMAGES_PER_COMPONENT = 1.5
+"""Of Gaussian cells new images are then 2.5 times as long, squared, as those that the covariances were learnt from."""
+
 _LOOKED_AT = 64
 
 Report = Callable[[Mapping[str, Any]], None]
@@ -195,6 +199,16 @@ def placement_notes(config: ExperimentConfig, shards: ShardSet) -> Iterator[str]
         yield (
             f"in {cut} of {len(images)} training images the part is larger than the canvas, and what lies beyond it is"
             " not judged; raise data.aligned_width, or give data.image_size more height"
+        )
+
+
+def statistics_notes(config: ExperimentConfig, shards: ShardSet) -> Iterator[str]:
+    """Whether cells with statistics of their own have too few images for them, in words with a remedy."""
+    components, count = getattr(config.space, "num_components", 0), shards.count("train")
+    if getattr(config.space, "statistics", "shared") == "per_cell" and count < _IMAGES_PER_COMPONENT * components:
+        yield (
+            f"space.statistics is per_cell, and {count} training images say little of {components} x {components}"
+            " covariances in each cell; raise space.shrinkage, lower space.num_components, or leave statistics shared"
         )
 
 

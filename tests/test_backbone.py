@@ -69,6 +69,12 @@ def test_standardised_images_look_alike_in_any_light(tiny_file: Path) -> None:
     assert not usual.covers(plain)
 
 
+def test_a_black_image_has_a_gradient_when_standardised(tiny_file: Path) -> None:
+    images = torch.zeros(2, 3, 32, 32).requires_grad_()
+    (gradient,) = torch.autograd.grad(tiny(tiny_file, standardise=True).load()(images, pooled).sum(), images)
+    assert bool(gradient.isfinite().all())
+
+
 def test_gradients_reach_images_that_ask_for_them(lite0: Backbone) -> None:
     images = small_images(2, (32, 32), 3)
     plain = lite0(images, pooled)

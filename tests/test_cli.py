@@ -150,6 +150,8 @@ def test_prepare_says_what_it_cannot_do(tmp_path: Path, monkeypatch: pytest.Monk
     assert not (tmp_path / "shards").exists()
 
 
+@pytest.mark.distributed
+@pytest.mark.usefixtures("ray_cluster")
 def test_prepared_shards_are_never_replaced_and_need_no_source(parts: Path, tmp_path: Path) -> None:
     shards, out = tmp_path / "shards", tmp_path / "run"
     run("prepare", "--out", shards, *folder_config(parts))

@@ -22,7 +22,7 @@ from raydiff.config import DataConfig, ExperimentConfig, component_options
 from raydiff.ensembling import ensemble_of
 from raydiff.errors import ConfigError, DataError
 from raydiff.evaluation import evaluate
-from raydiff.fitting import calibrated, fit_baseline, placement_notes
+from raydiff.fitting import calibrated, fit_baseline, placement_notes, statistics_notes
 from raydiff.images import decode, decode_file, decode_mask, encode_png
 from raydiff.placement import ImageSpec, Placement, Pose, find_part, place
 from raydiff.service.decoding import receive
@@ -329,6 +329,16 @@ def test_fit_says_what_is_wrong_with_the_canvas(tmp_path: Path) -> None:
     assert re.match(r"in [123] of \d+ training images no part stands out .*; leave them out, or set data\.align", note)
     _, cut = placement_notes(level.override({"data.aligned_width": 0.4}), shards)
     assert re.match(r"in \d\d of \d+ training images the part is larger .*; raise data\.aligned_width", cut)
+
+
+def test_fit_says_where_cells_have_too_few_images_for_statistics_of_their_own(tmp_path: Path) -> None:
+    plain = nails(tmp_path)
+    shards = write_shards(plain.data, str(tmp_path / "shards"))
+    config = plain.override({"space": {"name": "feature", "statistics": "per_cell", "num_components": 64}})
+    [note] = statistics_notes(config, shards)
+    assert re.match(r"space.statistics is per_cell, and \d+ training images say little of 64 x 64 .* leave", note)
+    assert list(statistics_notes(config.override({"space.num_components": 4}), shards)) == []
+    assert list(statistics_notes(plain, shards)) == []
 
 
 def test_an_ensemble_sees_one_part_of_an_image(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ Rows = NDArray[np.float64]
 
 
 class RowOptions(BackboneOptions, Options):
-    """How images become rows; ``backbone``, ``weights`` and ``levels`` matter with ``features: backbone`` alone."""
+    """How images become rows; the network's own options matter with ``features: backbone`` alone."""
 
     features: Literal["pixels", "backbone"] = Field(
         "pixels", description="a row: the image's pixels, or the mean of each channel of a frozen network's levels"

@@ -24,7 +24,7 @@ def fitted(config: ExperimentConfig, run_dir: Path | Storage) -> Detector:
     from raydiff.crossfit import fold_runs
     from raydiff.distributed.cluster import connect
     from raydiff.distributed.train import fit as train
-    from raydiff.fitting import placement_notes
+    from raydiff.fitting import placement_notes, statistics_notes
     from raydiff.lock import alone_at
     from raydiff.tracking import progress_line
 
@@ -40,7 +40,7 @@ def fitted(config: ExperimentConfig, run_dir: Path | Storage) -> Detector:
             f"training {config.denoiser.name} on {shards.count('train')} normal images with"
             f" {config.execution.num_workers} Ray Train worker(s), {training.num_steps} steps of {training.batch_size}"
         )
-        for note in placement_notes(config, shards):
+        for note in (*placement_notes(config, shards), *statistics_notes(config, shards)):
             click.echo(f"note: {note}")
         if folds := len(fold_runs(config, run_dir, shards)):
             click.echo(f"and before it {folds} networks that each leave a fold of the images out, to judge them by")

@@ -100,6 +100,7 @@ class ExperimentConfig(Section):
             )
         self._check_folds()
         self._check_grids()
+        self._check_places()
         share = self.execution.num_workers * self.training.accumulation_steps
         if self.training.batch_size < share:
             raise ValueError(
@@ -122,6 +123,21 @@ class ExperimentConfig(Section):
             raise ValueError(
                 "data.calibration_fraction is 0, so a student's teacher saw all images; fit the teacher with it above"
                 " 0, or set cross_fitting.folds and contamination.max_share to 0: the threshold then says so"
+            )
+
+    def _check_places(self) -> None:
+        """Statistics of one place in all images need images whose places mean the same."""
+        if getattr(self.space, "statistics", "shared") != "per_cell":
+            return
+        moved = {
+            "tiles.size": self.tiles.size is not None,
+            "training.horizontal_flip": self.training.horizontal_flip,
+            "objective.condition: rotation": self.objective.condition == "rotation",
+        }
+        for field in (field for field, is_set in moved.items() if is_set):
+            raise ValueError(
+                f"space.statistics is per_cell, where each place has its own, and {field} shows a part in other places;"
+                " leave one of them out"
             )
 
     def _check_grids(self) -> None:

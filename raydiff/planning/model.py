@@ -184,7 +184,8 @@ def _time(profile: Profile, run: Run, target: Target, a_step: Step, score: float
     forward = profile.forward_flops / max(1.0, sum(profile.flops.values()))
     validated = math.ceil(min(training.validation_images, run.num_calibration or run.num_train) / run.workers)
     each = validated * a_step.compute / run.rows * forward
-    asked = getattr(run.config.space, "num_fit_images", 0)
+    space = run.config.space
+    asked = getattr(space, "images_to_fit", getattr(space, "num_fit_images", 0))
     return Time(
         startup=machines.STARTUP_SECONDS[1 if run.workers == 1 else 2],
         images=images,

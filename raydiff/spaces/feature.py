@@ -5,8 +5,9 @@ same weight, projected on the principal axes of normal training images. Dividing
 noise as loud as structure; ``whitening`` softens that, in between the plain projection (0) and equal axes (1).
 
 With ``statistics: per_cell`` each cell is then centred and whitened by what training images look like at its place
-(:mod:`raydiff.cell_gaussians`): for parts that lie the same way in every image. The squared length of a cell is then
-its squared Mahalanobis distance, as in PaDiM, and the diffusion learns what a Gaussian per cell cannot say.
+(:mod:`raydiff.core.cell_gaussians`): for parts that lie the same way in every image. The squared length of a cell is
+then its squared Mahalanobis distance but for a factor, as in PaDiM, and the diffusion learns what a Gaussian per cell
+cannot say. Of few images, fewer than two for each component, new ones come out longer than those it was learnt from.
 
 Diffusing features instead of pixels is what the best diffusion models for industrial images do (InvAD, Sakai et al.
 2025, arXiv:2504.05662); PCA on joined levels goes back to PaDiM (Defard et al. 2020, arXiv:2011.08785). There is no way
@@ -19,7 +20,7 @@ import math
 from collections.abc import Callable, Mapping
 from copy import copy
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -27,9 +28,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raydiff.backbone import Backbone, BackboneOptions, FeatureMaps, Grid, Head, averaged, grid_size, joined
-from raydiff.cell_gaussians import CellGaussians, Moments
 from raydiff.config import Options as BaseOptions
-from raydiff.core.diffusion import keyed_seed
+from raydiff.core.cell_gaussians import CellGaussians, Moments
+from raydiff.core.diffusion import full_precision, keyed_seed
 from raydiff.errors import ArtifactError, ConfigError, RaydiffError
 from raydiff.spaces._projection import principal_axes
 
@@ -51,7 +52,9 @@ class Options(BackboneOptions, BaseOptions):
         1, ge=1, description="each level is averaged over so many of its own cells per side first, odd; PatchCore has 3"
     )
     num_components: int = Field(96, ge=1, description="principal axes kept: the channels of what is diffused")
-    whitening: float = Field(0.5, ge=0, le=1, description="power to which each axis is divided by its deviation")
+    whitening: float = Field(
+        0.5, ge=0, le=1, description="power to which each axis is divided by its deviation; of little effect per cell"
+    )
     statistics: Literal["shared", "per_cell"] = Field(
         "shared",
         description="per_cell: each cell of the grid is centred and whitened by a mean and a covariance of its own; for"
@@ -63,23 +66,22 @@ class Options(BackboneOptions, BaseOptions):
         le=1,
         description="share of a cell's covariance that is alike in all directions: more for few images",
     )
-    num_fit_images: int = Field(
-        200, ge=1, description="training images that it is learnt from, at most; 1,000 if statistics is per_cell"
+    num_fit_images: int | None = Field(
+        None, ge=1, description="training images that it is learnt from, at most; by default 200, or 1,000 per cell"
     )
     num_fit_cells: int = Field(20_000, ge=2, description="cells of their grids that it is learnt from, at most")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _more_images_per_cell(cls, given: Any) -> Any:
-        """Each cell sees one vector an image, so that a covariance of its own wants all of them."""
-        if isinstance(given, dict) and given.get("statistics") == "per_cell":
-            return {"num_fit_images": 1000} | given
-        return given
+    @property
+    def images_to_fit(self) -> int:
+        """``num_fit_images`` or its default: a cell sees one vector an image, so one of its own wants all of them."""
+        return self.num_fit_images or (1000 if self.statistics == "per_cell" else 200)
 
     @model_validator(mode="after")
     def _check_shrinkage(self) -> Self:
         if self.statistics == "shared" and self.shrinkage != type(self).model_fields["shrinkage"].default:
-            raise ValueError(f"shrinkage is {self.shrinkage} and statistics shared; set statistics to per_cell")
+            raise ValueError(
+                f"shrinkage is {self.shrinkage} and statistics shared; leave it out, or set statistics to per_cell"
+            )
         return self
 
     @model_validator(mode="after")
@@ -96,11 +98,11 @@ class FeatureSpace:
 
     def __init__(self, options: Options, image_size: tuple[int, int]) -> None:
         self.options = options
-        self.num_fit_images = options.num_fit_images
+        self.num_fit_images = options.images_to_fit
         self.shape = (options.num_components, *grid_size(options.grid, image_size))
         self._backbone = Backbone(options)
         self._mean, self._projection = torch.empty(0), torch.empty(0)
-        self._cells: CellGaussians | None = None
+        self._gaussians: CellGaussians | None = None
 
     @property
     def pretrained(self) -> str | None:
@@ -135,7 +137,7 @@ class FeatureSpace:
         axes = principal_axes(centred, self.options.num_components, self.options.whitening)
         self._mean = mean.float()
         self._projection = (scale[:, None] * axes).T.float().contiguous()  # (K, D)
-        self._cells = self._gaussians(grids) if self.options.statistics == "per_cell" else None
+        self._gaussians = self._fitted_gaussians(grids) if self.options.statistics == "per_cell" else None
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, C, H, W) images in [-1, 1] to (B, K, h, w), of mean 0 and variance 1 over cells of normal images."""
@@ -150,8 +152,10 @@ class FeatureSpace:
         """The projection of maps, on the device of ``images``: :meth:`encode` is the backbone's call with it."""
         if not len(self._mean):
             raise RaydiffError("space 'feature' has learnt nothing yet; call fit or load_state first")
-        cells = None if self._cells is None else self._cells.to(images.device)
-        return partial(self._project, self._mean.to(images.device), self._projection.to(images.device), cells)
+        if self._gaussians is not None and self._gaussians.mean.device != images.device:
+            self._gaussians = self._gaussians.to(images.device)  # once: they may be many megabytes
+        mean, projection = self._mean.to(images.device), self._projection.to(images.device)
+        return partial(self._project, mean, projection, self._gaussians)
 
     def decode(self, latents: Tensor) -> Tensor | None:  # noqa: ARG002
         """None: features have no way back to images."""
@@ -160,8 +164,9 @@ class FeatureSpace:
     def state(self) -> dict[str, Tensor]:
         """``mean`` (D,), ``projection`` (K, D), the backbone's weights, ``cells.mean``, ``cells.whitening``."""
         weights = {f"backbone.{key}": value for key, value in self._backbone.state().items()}
-        if self._cells is not None:
-            weights |= {"cells.mean": self._cells.mean, "cells.whitening": self._cells.whitening}
+        if self._gaussians is not None:
+            own = self._gaussians.to(torch.device("cpu"))
+            weights |= {"cells.mean": own.mean, "cells.whitening": own.whitening}
         return weights | {"mean": self._mean, "projection": self._projection}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -178,7 +183,7 @@ class FeatureSpace:
             raise ArtifactError("the state of space 'feature' does not fit its statistics; fit it again")
         self._backbone.load_state(weights)
         self._mean, self._projection = state["mean"], state["projection"]
-        self._cells = CellGaussians(*own) if own else None
+        self._gaussians = CellGaussians(*own) if own else None
 
     def compiled(self, quick: Callable[[nn.Module], nn.Module]) -> Self:
         """A copy whose backbone is ``quick`` of it."""
@@ -190,21 +195,23 @@ class FeatureSpace:
         projected = _projected(self._joined(maps), mean, projection)  # (B, K, h, w)
         return projected if cells is None else cells.whitened(projected)
 
-    def _gaussians(self, grids: Tensor) -> CellGaussians:
+    def _fitted_gaussians(self, grids: Tensor) -> CellGaussians:
         """Of the projected joined grids (n, D, h, w), scaled so that what is whitened has a mean square of 1."""
         if len(grids) < 2:
             raise ConfigError(
-                "space.statistics is per_cell and there is 1 training image, which has no covariance; add images, or"
-                " leave it shared"
+                "space.statistics is per_cell and it is fitted on 1 image, which has no covariance; raise"
+                " space.num_fit_images, add images, or leave statistics shared"
             )
         mean, projection = self._mean.to(grids.device), self._projection.to(grids.device)
         moments, total = Moments(), 0.0
-        for part in torch.split(grids, _PART):
-            moments.add(_projected(part, mean, projection))
-        gaussians = moments.gaussians(self.options.shrinkage)
-        for part in torch.split(grids, _PART):
-            total += float(gaussians.whitened(_projected(part, mean, projection).cpu()).square().mean((1, 2, 3)).sum())
-        return gaussians.scaled(1 / math.sqrt(max(total / len(grids), 1e-12)))
+        with full_precision(grids.device):
+            for part in torch.split(grids, _PART):
+                moments.add(_projected(part, mean, projection))
+            gaussians = moments.gaussians(self.options.shrinkage).to(grids.device)
+            for part in torch.split(grids, _PART):
+                white = gaussians.whitened(_projected(part, mean, projection))
+                total += float(white.square().mean((1, 2, 3)).sum())
+        return gaussians.scaled(1 / math.sqrt(total / len(grids)))
 
     def _joined(self, maps: FeatureMaps) -> Tensor:
         """(B, D, h, w): all levels on the grid."""
@@ -212,10 +219,11 @@ class FeatureSpace:
 
     def _sampled(self, grids: Tensor) -> Tensor:
         """Some cells of the joined grids (n, D, h, w), float64 (cells, D)."""
-        cells = grids.movedim(1, -1).flatten(0, 2).cpu()  # (n h w, D)
-        generator = torch.Generator().manual_seed(keyed_seed("feature", len(cells)))
-        kept = torch.randperm(len(cells), generator=generator)[: self.options.num_fit_cells].sort().values
-        return cells[kept].double()
+        count, _, height, width = grids.shape
+        generator = torch.Generator().manual_seed(keyed_seed("feature", count * height * width))
+        kept = torch.randperm(count * height * width, generator=generator)[: self.options.num_fit_cells].sort().values
+        image, row, column = (place.to(grids.device) for place in torch.unravel_index(kept, (count, height, width)))
+        return grids[image, :, row, column].cpu().double()
 
     def _level_scale(self, cells: Tensor) -> Tensor:
         """What each channel is multiplied by, (D,): its z-score, and one over the root of its level's channels."""

@@ -11,7 +11,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from raydiff import backbone
-from raydiff.errors import ArtifactError, ConfigError, RaydiffError
+from raydiff.config import ExperimentConfig
+from raydiff.detector import build_space
+from raydiff.errors import ArtifactError, ConfigError, DataError, RaydiffError
 from raydiff.spaces.feature import FeatureSpace, Options, build
 from raydiff.testing import check_space, small_images
 
@@ -122,18 +124,44 @@ def test_per_cell_keeps_its_state_and_the_contract() -> None:
 
 def test_per_cell_what_is_refused() -> None:
     space = build(Options.model_validate(PER_CELL), channels=1, image_size=SIZE)
-    with pytest.raises(ConfigError, match="statistics is per_cell and there is 1 training image, which has no cov"):
+    with pytest.raises(ConfigError, match="statistics is per_cell and it is fitted on 1 image, which has no cov"):
         space.fit(small_images(1, SIZE))
+    with pytest.raises(DataError, match="the 8 training images that cells are learnt from are all the same"):
+        space.fit(small_images(1, SIZE).expand(8, -1, -1, -1))
     with pytest.raises(ArtifactError, match="does not fit its statistics; fit it again"):
         space.load_state(fitted(num_components=6).state())
-    with pytest.raises(ValidationError, match=r"shrinkage is 0\.2 and statistics shared; set statistics to per_cell"):
+    with pytest.raises(ValidationError, match=r"shrinkage is 0\.2 and statistics shared; leave it out"):
         Options(shrinkage=0.2)
 
 
 def test_per_cell_wants_more_images_unless_told() -> None:
-    assert Options(statistics="per_cell").num_fit_images == 1000
-    assert Options(statistics="per_cell", num_fit_images=50).num_fit_images == 50
-    assert Options().num_fit_images == 200
+    assert build(Options(statistics="per_cell"), channels=3, image_size=SIZE).num_fit_images == 1000
+    assert build(Options(statistics="per_cell", num_fit_images=50), channels=3, image_size=SIZE).num_fit_images == 50
+    assert build(Options(), channels=3, image_size=SIZE).num_fit_images == 200
+    config = ExperimentConfig().override({"space": {"name": "feature", "statistics": "per_cell"}})
+    assert build_space(config.override({"space.statistics": "shared"})).num_fit_images == 200
+
+
+@pytest.mark.parametrize(
+    "more", ["tiles.size=[64, 64]", "training.horizontal_flip=true", "objective.condition=rotation"]
+)
+def test_per_cell_a_place_must_be_the_same_place(more: str) -> None:
+    config = ExperimentConfig().override(["data.image_size=[128, 128]", more])
+    with pytest.raises(
+        ConfigError, match=r"statistics is per_cell, where each place has its own, and \w+\.\w+.* shows"
+    ):
+        config.override({"space": {"name": "feature", "statistics": "per_cell"}})
+
+
+def test_per_cell_new_images_are_not_far_longer_where_there_are_enough() -> None:
+    """Of 6 components and 200 images; with as many components as images they are."""
+    longer = []
+    for count, components in ((200, 6), (12, 12)):
+        space = build(Options(statistics="per_cell", num_components=components), channels=1, image_size=SIZE)
+        space.fit(marked(count, 4, 0))
+        longer.append(float(space.encode(marked(64, 4, 1)).square().mean()))
+    assert longer[0] < 1.5
+    assert longer[1] > 5
 
 
 def test_gradients_flow_back_to_images(space: FeatureSpace) -> None:

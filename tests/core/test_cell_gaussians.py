@@ -8,7 +8,7 @@ import torch
 from scipy.spatial.distance import mahalanobis
 from torch import Tensor
 
-from raydiff.cell_gaussians import CellGaussians, Moments
+from raydiff.core.cell_gaussians import CellGaussians, Moments
 
 
 def grids(count: int, seed: int = 0) -> Tensor:

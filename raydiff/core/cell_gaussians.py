@@ -1,7 +1,7 @@
 """A Gaussian of its own for each cell of a grid: what normal images look like at this place.
 
 A part that lies the same way in every image has its edge, its hole and its print each in its own cells, and what is
-normal in one is odd in another. PaDiM (Defard et al. 2021, arXiv:2011.08785, section III-A) therefore keeps a mean and
+normal in one is odd in another. PaDiM (Defard et al. 2020, arXiv:2011.08785, section III-A) therefore keeps a mean and
 a covariance of the features per cell. Few images say little of many directions, so a covariance is shrunk towards one
 of the same size in all of them (Ledoit and Wolf 2004, with a share that is set instead of estimated).
 """
@@ -13,6 +13,8 @@ from typing import Self
 
 import torch
 from torch import Tensor
+
+from raydiff.errors import DataError
 
 __all__ = ["CellGaussians", "Moments"]
 
@@ -66,17 +68,25 @@ class Moments:
         self._products += torch.bmm(cells.mT, cells)
 
     def gaussians(self, shrinkage: float) -> CellGaussians:
-        """Float32; covariances shrunk to (1 - s) S + s tr(S) / K I, in cells that never move to the smallest float.
+        """Float32; covariances (1 - s) S + s tr(S) / K I, with no direction below a millionth of the mean variance.
+
+        From n images S has rank n - 1 at most: with K near n or above, what is whitened of new images is larger than of
+        those it was learnt from, the more so the smaller s is.
 
         Args:
             shrinkage: s, in (0, 1].
+
+        Raises:
+            DataError: nothing moved in any cell: all images are the same, or there is one.
         """
         mean = self._sum / self.count  # (h w, K)
         covariance = self._products / self.count - mean[:, :, None] * mean[:, None, :]
         size = covariance.diagonal(dim1=1, dim2=2).mean(1)[:, None]  # tr(S) / K, (h w, 1)
         variance, axes = torch.linalg.eigh(covariance)  # (h w, K), (h w, K, K)
-        # A cell that never moved on normal images has no scale of its own; it gets that of a thousandth of the others'.
-        floor = 1e-6 * size.mean().clamp(min=1e-12)
+        if not float(size.mean()) > 0:
+            raise DataError(f"the {self.count} training images that cells are learnt from are all the same; add others")
+        # A cell that never moved on normal images has no scale of its own; it gets a thousandth of the others'.
+        floor = 1e-6 * size.mean()
         shrunk = ((1 - shrinkage) * variance.clamp(min=0) + shrinkage * size).clamp(min=floor)
         whitening = (axes * shrunk.rsqrt()[:, None, :]) @ axes.mT
         centre = (self._origin[:, 0] + mean).T.reshape(-1, *self._size)
