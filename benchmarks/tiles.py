@@ -3,7 +3,7 @@
     python -m benchmarks.tiles memory
     python -m benchmarks.tiles defects SOURCE [--out DIR] [--seed N] [--set PATH=VALUE ...]
     python -m benchmarks.tiles planted SOURCE [--out DIR] [--seed N] [--count N] [--sizes N ...]
-    python -m benchmarks.tiles picture SOURCE [--out DIR] [--to docs/tiles.png]
+    python -m benchmarks.tiles picture SOURCE [--out DIR] [--to tiles.png]
 
 ``memory``: the peak of a process above what it had after scoring one image of a tile's size, for images of 512 to
 4,096 px, in pixels and in features, whole and in tiles; networks are untrained, which changes no byte of memory.
@@ -315,7 +315,7 @@ def main() -> None:
             command.add_argument("--count", type=int, default=24, help="normal test images")
             command.add_argument("--sizes", type=int, nargs="+", default=[4, 8, 16], help="pixels across")
         if name == "picture":
-            command.add_argument("--to", type=Path, default=Path("docs/tiles.png"))
+            command.add_argument("--to", type=Path, default=Path("tiles.png"))
     arguments = parser.parse_args()
     if arguments.command == "memory":
         memory()
