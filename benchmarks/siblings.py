@@ -55,13 +55,13 @@ def main() -> None:
     arguments = parser.parse_args()
     train = find_images([arguments.data / PART / "train" / "good"])
     test = find_images([arguments.data / PART / "test" / "good"])
-    nearest = (thumbnails(test) @ thumbnails(train).T).max(0)  # of each training image
-    apart = [path for path, value in zip(train, nearest, strict=True) if value < arguments.below]
+    alike = thumbnails(test) @ thumbnails(train).T >= arguments.below  # (test, training)
+    apart = [path for path, shown in zip(train, alike.any(0), strict=True) if not shown]
     chosen = np.sort(np.random.default_rng(0).permutation(len(train))[: len(apart)])
     linked(arguments.data, arguments.out / "apart", apart)
     linked(arguments.data, arguments.out / "as_many", [train[i] for i in chosen])
-    seen = (thumbnails(test) @ thumbnails(train).T).max(1) >= arguments.below
-    print(f"commit {source_commit()}: {seen.mean():.2f} of {len(test)} good test images show a tile of training;")
+    seen = alike.any(1).mean()
+    print(f"commit {source_commit()}: {seen:.2f} of {len(test)} good test images show a tile of training;")
     print(f"{len(apart)} of {len(train)} training images show none of test: {arguments.out / 'apart'}")
 
 

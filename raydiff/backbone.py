@@ -220,8 +220,7 @@ class Backbone:
         from timm.data import resolve_data_config
 
         settings = resolve_data_config({}, model=network.model)
-        self._mean = torch.tensor(settings["mean"])[:, None, None]
-        self._std = torch.tensor(settings["std"])[:, None, None]
+        self._mean, self._std = (torch.tensor(settings[key])[:, None, None] for key in ("mean", "std"))
         self._network = network.eval().requires_grad_(False)
         generator = torch.Generator().manual_seed(keyed_seed("probe"))
         self._folded = folded(network, torch.randn(1, *settings["input_size"], generator=generator))

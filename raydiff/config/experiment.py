@@ -134,7 +134,7 @@ class ExperimentConfig(Section):
             "training.horizontal_flip": self.training.horizontal_flip,
             "objective.condition: rotation": self.objective.condition == "rotation",
         }
-        for field in (field for field, is_set in moved.items() if is_set):
+        if field := next((field for field, is_set in moved.items() if is_set), None):
             raise ValueError(
                 f"space.statistics is per_cell, where each place has its own, and {field} shows a part in other places;"
                 " leave one of them out"

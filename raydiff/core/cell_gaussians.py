@@ -29,7 +29,7 @@ class CellGaussians:
     def whitened(self, grids: Tensor) -> Tensor:
         """Grids (B, K, h, w) of which each cell has mean 0 and covariance near the identity over normal images.
 
-        The square of a cell's length is its squared Mahalanobis distance.
+        The square of a cell's length is its squared Mahalanobis distance, where it was not :meth:`scaled`.
         """
         cells = (grids - self.mean).flatten(2).permute(2, 0, 1)  # (h w, B, K)
         return torch.bmm(cells, self.whitening).permute(1, 2, 0).reshape(grids.shape)

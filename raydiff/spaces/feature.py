@@ -140,7 +140,7 @@ class FeatureSpace:
         self._gaussians = self._fitted_gaussians(grids) if self.options.statistics == "per_cell" else None
 
     def encode(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) images in [-1, 1] to (B, K, h, w), of mean 0 and variance 1 over cells of normal images."""
+        """(B, C, H, W) images in [-1, 1] to (B, K, h, w), of mean 0 and variance 1 over the cells of fitted images."""
         return self._backbone(images, self.head(images))
 
     @property
