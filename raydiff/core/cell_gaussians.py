@@ -18,6 +18,9 @@ from raydiff.errors import DataError
 
 __all__ = ["CellGaussians", "Moments"]
 
+_CELLS = 64
+"""Cells whose covariance is taken apart at a time."""
+
 
 @dataclass(frozen=True)
 class CellGaussians:
@@ -80,14 +83,17 @@ class Moments:
             DataError: nothing moved in any cell: all images are the same, or there is one.
         """
         mean = self._sum / self.count  # (h w, K)
-        covariance = self._products / self.count - mean[:, :, None] * mean[:, None, :]
-        size = covariance.diagonal(dim1=1, dim2=2).mean(1)[:, None]  # tr(S) / K, (h w, 1)
-        variance, axes = torch.linalg.eigh(covariance)  # (h w, K), (h w, K, K)
+        variances = self._products.diagonal(dim1=1, dim2=2) / self.count - mean.square()
+        size = variances.mean(1, keepdim=True)  # tr(S) / K, (h w, 1)
         if not float(size.mean()) > 0:
             raise DataError(f"the {self.count} training images that cells are learnt from are all the same; add others")
         # A cell that never moved on normal images has no scale of its own; it gets a thousandth of the others'.
         floor = 1e-6 * size.mean()
-        shrunk = ((1 - shrinkage) * variance.clamp(min=0) + shrinkage * size).clamp(min=floor)
-        whitening = (axes * shrunk.rsqrt()[:, None, :]) @ axes.mT
+        whitening = torch.empty_like(self._products, dtype=torch.float32)
+        for some in torch.split(torch.arange(len(mean)), _CELLS):
+            covariance = self._products[some] / self.count - mean[some, :, None] * mean[some, None, :]
+            variance, axes = torch.linalg.eigh(covariance)  # (cells, K), (cells, K, K)
+            shrunk = ((1 - shrinkage) * variance.clamp(min=0) + shrinkage * size[some]).clamp(min=floor)
+            whitening[some] = ((axes * shrunk.rsqrt()[:, None, :]) @ axes.mT).float()
         centre = (self._origin[:, 0] + mean).T.reshape(-1, *self._size)
-        return CellGaussians(centre.float().contiguous(), whitening.float().contiguous())
+        return CellGaussians(centre.float().contiguous(), whitening)

@@ -1,22 +1,81 @@
-"""What the training of a scorer's own network takes (:class:`raydiff.planting.TrainedScorer`), from a little of it."""
+"""What it takes to learn a space, or a scorer's own network, from a little of it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from raydiff.detector import DiffusionDetector, build_scorer
+from raydiff.config import ExperimentConfig
+from raydiff.contracts import TrainedSpace
+from raydiff.detector import Crops, DiffusionDetector, build_scorer, build_space
 from raydiff.heads import planted_in
+from raydiff.images import to_tensor
 from raydiff.planting import Plants, TrainedScorer
 
-__all__ = ["with_measured_head"]
+__all__ = ["Fit", "as_seen", "fitted_space", "with_measured_head"]
+
+_FIT_IMAGES, _FIT_STEPS = 4, 8
 
 _IMAGES, _ANOMALIES, _STEPS = 8, 16, 8
+
+
+@runtime_checkable
+class _Weighed(Protocol):
+    """A space that knows what memory its fit takes."""
+
+    def fit_bytes(self, num_images: int) -> int:
+        """Beside the images."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A space fitted on a few images: ``state``, and what a whole fit takes.
+
+    ``seconds`` where that is a training, from some of its steps; ``measured_seconds`` otherwise, of this one on
+    ``measured_images``. ``bytes`` for as many images as the space asks for, beside them.
+    """
+
+    state: dict[str, Tensor]
+    seconds: float = 0.0
+    measured_seconds: float = 0.0
+    measured_images: int = 0
+    bytes: int = 0
+
+
+def fitted_space(config: ExperimentConfig, pixels: NDArray[np.uint8], device: str) -> Fit:
+    """The config's space, fitted on a few of the images; an empty state for one that learns nothing."""
+    space = build_space(config)
+    if not space.num_fit_images:
+        return Fit({})
+    images = as_seen(config, pixels[:_FIT_IMAGES]).to(device)
+    if not isinstance(space, TrainedSpace):
+        space.check()  # loads what is pretrained, which is not what is timed
+        begun = time.perf_counter()
+        space.fit(images)
+        taken = time.perf_counter() - begun
+        weight = space.fit_bytes(space.num_fit_images) if isinstance(space, _Weighed) else 0
+        return Fit(dict(space.state()), 0.0, taken, len(images), weight)
+    whole = getattr(config.space, "num_steps", _FIT_STEPS)
+    short = cast(TrainedSpace, build_space(config.override({"space.num_steps": min(whole, _FIT_STEPS)})))
+    lines: list[Mapping[str, Any]] = []
+    short.fit_with_progress(images, lines.append)
+    first, last = lines[len(lines) // 2], lines[-1]  # the first steps warm up
+    steps = max(1, last["space_step"] - first["space_step"])
+    each = (last["space_seconds"] - first["space_seconds"]) / steps if len(lines) > 1 else last["space_seconds"]
+    return Fit(dict(short.state()), whole * each)
+
+
+def as_seen(config: ExperimentConfig, pixels: NDArray[np.uint8]) -> Tensor:
+    """What the model sees of images (n, H, W, C) in training: all of each, or a crop."""
+    crops, ids = Crops.of(config), [str(i) for i in range(len(pixels))]
+    return to_tensor(pixels if crops is None else crops.of_batch(pixels, ids, [(i,) for i in ids])[0])
 
 
 def with_measured_head(

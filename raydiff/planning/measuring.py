@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from raydiff.config import ExperimentConfig
-from raydiff.contracts import TrainedSpace
-from raydiff.detector import Crops, DiffusionDetector, build_space
+from raydiff.detector import DiffusionDetector
 from raydiff.errors import ConfigError
 from raydiff.images import to_tensor, to_uint8
-from raydiff.planning.learning import with_measured_head
+from raydiff.planning.learning import as_seen, fitted_space, with_measured_head
 from raydiff.planning.profile import Pair, Profile, workload
 from raydiff.planning.sampling import sample_images
 from raydiff.provenance import hardware, source_commit, versions
@@ -40,7 +39,6 @@ __all__ = [
     "Clock",
     "Graph",
     "chosen_rows",
-    "fitted_space",
     "measure",
     "measure_graph",
     "measure_steps",
@@ -49,8 +47,6 @@ __all__ = [
 
 STEP_SECONDS = 6.0
 """What timing the steps of one batch size may take, about."""
-
-_FIT_IMAGES, _FIT_STEPS = 4, 8
 
 
 @dataclass
@@ -157,7 +153,8 @@ def _measured(
     say("images")
     sample = sample_images(config)
     pixels = sample.pixels
-    state, space_seconds = fitted_space(config, pixels, device)
+    fit = fitted_space(config, pixels, device)
+    state = fit.state
     detector = DiffusionDetector.create(config, num_classes=1, device=device, space_state=state)
     say("network")
     graphs = {rows: measure_graph(detector, rows) for rows in (2, 3)}  # one row is a special case to some layers
@@ -173,7 +170,7 @@ def _measured(
                 peaks[count] = torch.cuda.max_memory_allocated()
                 torch.cuda.reset_peak_memory_stats()
     say("scores")
-    seen = to_uint8(_seen(config, pixels))
+    seen = to_uint8(as_seen(config, pixels))
     detector, head_seconds = with_measured_head(detector, seen, sample.images.num_train)
     encode_seconds, encode_flops = _encoding(detector, pixels)
     score_rows = min(detector.images_per_call, len(pixels))
@@ -192,7 +189,9 @@ def _measured(
         saved_bytes={count: graph.saved_bytes for count, graph in graphs.items()}, flops=graphs[2].flops,
         forward_flops=graphs[2].forward_flops, operations={n: graph.operations for n, graph in graphs.items()},
         forward_operations=graphs[2].forward_operations, encode_seconds=encode_seconds, encode_flops=encode_flops,
-        costly_space=detector.space.costly, space_seconds=space_seconds, head_seconds=head_seconds,
+        costly_space=detector.space.costly, space_seconds=fit.seconds, head_seconds=head_seconds,
+        space_fixed_seconds=max(0.0, fit.measured_seconds - fit.measured_images * encode_seconds),
+        space_fit_bytes=fit.bytes,
         evaluations=detector.num_evaluations or 0,
         score_seconds=_score_seconds(detector, pixels[:score_rows]), score_rows=score_rows,
         checkpoint_bytes=clock.checkpoint[0], checkpoint_seconds=clock.checkpoint[1],
@@ -239,7 +238,7 @@ def _timed(
             "data.cache_mb": 4096,
         }
     )  # fmt: skip
-    held_out = HeldOut(_seen(config, pixels[:1]), torch.zeros(1, dtype=torch.int64), ["held-out"])
+    held_out = HeldOut(as_seen(config, pixels[:1]), torch.zeros(1, dtype=torch.int64), ["held-out"])
     train(changed, _stream(pixels, rows), held_out, clock, num_classes=1, space_state=state)
     kept = clock.speeds[1:] or clock.speeds
     return rows / statistics.median(kept)
@@ -263,34 +262,6 @@ def _stream(pixels: NDArray[np.uint8], rows: int) -> Callable[[int], Iterator[Tr
 def _one_step(config: ExperimentConfig, pixels: NDArray[np.uint8], state: Mapping[str, Tensor], device: str) -> float:
     """Seconds of a step of one image, after one to warm up."""
     return _timed(config, pixels, state, 1, Clock(device), steps=1, parts=2)
-
-
-def fitted_space(config: ExperimentConfig, pixels: NDArray[np.uint8], device: str) -> tuple[dict[str, Tensor], float]:
-    """The state of the config's space, fitted on a few of the images; empty for one that learns nothing.
-
-    And the seconds that a whole fit takes where that is a training, from some of its steps; 0 otherwise.
-    """
-    space = build_space(config)
-    if not space.num_fit_images:
-        return {}, 0.0
-    images = _seen(config, pixels[:_FIT_IMAGES]).to(device)
-    if not isinstance(space, TrainedSpace):
-        space.fit(images)
-        return dict(space.state()), 0.0
-    whole = getattr(config.space, "num_steps", _FIT_STEPS)
-    short = cast(TrainedSpace, build_space(config.override({"space.num_steps": min(whole, _FIT_STEPS)})))
-    lines: list[Mapping[str, Any]] = []
-    short.fit_with_progress(images, lines.append)
-    first, last = lines[len(lines) // 2], lines[-1]  # the first steps warm up
-    steps = max(1, last["space_step"] - first["space_step"])
-    each = (last["space_seconds"] - first["space_seconds"]) / steps if len(lines) > 1 else last["space_seconds"]
-    return dict(short.state()), whole * each
-
-
-def _seen(config: ExperimentConfig, pixels: NDArray[np.uint8]) -> Tensor:
-    """What the model sees of images (n, H, W, C) in training: all of each, or a crop."""
-    crops, ids = Crops.of(config), [str(i) for i in range(len(pixels))]
-    return to_tensor(pixels if crops is None else crops.of_batch(pixels, ids, [(i,) for i in ids])[0])
 
 
 def measure_graph(detector: DiffusionDetector, rows: int) -> Graph:
@@ -349,7 +320,7 @@ def _encoding(detector: DiffusionDetector, pixels: NDArray[np.uint8]) -> tuple[f
     """Seconds and FLOPs per image of a costly space; zeros for another."""
     if not detector.space.costly:
         return 0.0, 0.0
-    images = _seen(detector.config, pixels[:4]).to(detector.device)
+    images = as_seen(detector.config, pixels[:4]).to(detector.device)
     with FlopCounterMode(display=False) as flops:  # it warms up, too
         detector.space.encode(images)
     return _median_seconds(lambda: detector.space.encode(images), detector.device) / len(images), (

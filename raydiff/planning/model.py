@@ -184,12 +184,11 @@ def _time(profile: Profile, run: Run, target: Target, a_step: Step, score: float
     forward = profile.forward_flops / max(1.0, sum(profile.flops.values()))
     validated = math.ceil(min(training.validation_images, run.num_calibration or run.num_train) / run.workers)
     each = validated * a_step.compute / run.rows * forward
-    space = run.config.space
-    asked = getattr(space, "images_to_fit", getattr(space, "num_fit_images", 0))
+    encoded = run.num_fit_images * profile.encode_seconds + profile.space_fixed_seconds
     return Time(
         startup=machines.STARTUP_SECONDS[1 if run.workers == 1 else 2],
         images=images,
-        space=(1 + _num_folds(run)) * (profile.space_seconds or min(asked, run.num_train) * profile.encode_seconds),
+        space=(1 + _num_folds(run)) * (profile.space_seconds or encoded),
         steps=_num_steps(run) * a_step.seconds,
         checkpoints=math.ceil(_num_steps(run) / training.checkpoint_every) * save,
         validation=math.ceil(_num_steps(run) / training.validate_every) * each,

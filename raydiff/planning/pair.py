@@ -102,12 +102,13 @@ def _main(folder: Path, rank: int) -> None:
 
     from raydiff.config import ExperimentConfig
     from raydiff.journal import write_whole
-    from raydiff.planning.measuring import Clock, fitted_space, measure_steps
+    from raydiff.planning.learning import fitted_space
+    from raydiff.planning.measuring import Clock, measure_steps
 
     torch.set_num_threads(job["threads"])
     config = ExperimentConfig.model_validate(job["config"])
     pixels = np.load(folder / "pixels.npy", allow_pickle=False)
-    state, _ = fitted_space(config, pixels, "cpu")
+    state = fitted_space(config, pixels, "cpu").state
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     sums = {size: _sum_seconds(size) for size in _SIZES}
     alone = 0.0

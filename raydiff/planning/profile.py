@@ -89,6 +89,8 @@ class Profile:
         operations: by rows, started in forward and backward; ``forward_operations`` in a forward pass.
         encode_seconds, encode_flops: of a costly space, per image; 0 for another.
         space_seconds: of the whole fit of a space that is trained, from some of its steps; 0 for another.
+        space_fixed_seconds: of the fit of another, beside encoding its images; ``space_fit_bytes`` what it takes beside
+            them, for as many as it asks for.
         head_seconds: of the whole training of a scorer's own network, from some of its steps and examples; 0 without.
         evaluations: network evaluations per score; ``score_seconds`` per image, in batches of ``score_rows``.
         checkpoint_bytes, checkpoint_seconds: written to a local temporary folder, with hashes and fsync.
@@ -130,6 +132,8 @@ class Profile:
     commit: str | None = None
     seconds: float = 0.0
     space_seconds: float = 0.0
+    space_fixed_seconds: float = 0.0
+    space_fit_bytes: int = 0
     head_seconds: float = 0.0
 
     @property

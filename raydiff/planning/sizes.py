@@ -18,6 +18,9 @@ __all__ = ["DeviceMemory", "HostMemory", "Network", "Storage", "device_memory", 
 _READ_AHEAD, _BUFFERED, _CHUNK_BYTES = 2, 4, 8 * 2**20
 """Those of :mod:`raydiff.distributed.data` (a test compares)."""
 
+_COPIES = 2
+"""Of the images of a fit, in float32: one while they are read, one joined."""
+
 
 @dataclass(frozen=True)
 class DeviceMemory:
@@ -48,7 +51,8 @@ class DeviceMemory:
 @dataclass(frozen=True)
 class HostMemory:
     """Bytes of the fullest node: ``processes`` before they hold anything, ``ray`` of Ray's own, ``images`` in memory
-    or windows being read, ``latents`` that are remembered, ``networks`` of workers on CPUs, ``object_store``.
+    or windows being read, ``latents`` that are remembered, ``networks`` of workers on CPUs, ``object_store``;
+    ``fitting`` what the driver takes for a space's fit, before the workers hold anything. ``total`` is the peak.
     """
 
     processes: float
@@ -57,11 +61,13 @@ class HostMemory:
     latents: float
     networks: float
     object_store: float
+    fitting: float = 0.0
 
     @property
     def total(self) -> float:
-        """All of it."""
-        return self.processes + self.ray + self.images + self.latents + self.networks + self.object_store
+        """All that stays, and the larger of what comes in turns."""
+        training = self.images + self.latents + self.networks + self.object_store
+        return self.processes + self.ray + max(training, self.fitting)
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,7 @@ def host_memory(profile: Profile, run: Run, target: Target, device: DeviceMemory
         latents=workers * latents,
         networks=0.0 if target.gpus else workers * device.total,
         object_store=store,
+        fitting=profile.space_fit_bytes + _COPIES * 4.0 * run.num_fit_images * run.image_bytes,
     )
 
 

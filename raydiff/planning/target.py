@@ -107,6 +107,12 @@ class Run:
         return self.config.training.num_steps * self.config.training.batch_size / self.num_train
 
     @property
+    def num_fit_images(self) -> int:
+        """Training images that a space which learns is fitted on."""
+        space = self.config.space
+        return min(self.num_train, getattr(space, "images_to_fit", getattr(space, "num_fit_images", 0)))
+
+    @property
     def image_bytes(self) -> int:
         """A decoded image."""
         height, width = self.config.data.image_size

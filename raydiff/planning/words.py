@@ -122,7 +122,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield f"Host memory    {size(host.total)} per node:"
     parts = {
         "processes": host.processes, "Ray": host.ray, "images": host.images, "features": host.latents,
-        "networks": host.networks, "object store": host.object_store,
+        "networks": host.networks, "object store": host.object_store, "fitting the space before": host.fitting,
     }  # fmt: skip
     yield f"{_INDENT}{_told(parts)}"
 

@@ -17,7 +17,7 @@ back to images.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from functools import partial
 from typing import Literal, Self
@@ -37,7 +37,10 @@ from raydiff.spaces._projection import principal_axes
 __all__ = ["FeatureSpace", "Options", "build"]
 
 _PART = 32
-"""Grids that are whitened at a time while fitting."""
+"""Grids that are worked on at a time while fitting."""
+
+_KEPT_BYTES = 2**30
+"""Grids that a fit keeps between its passes; larger ones are made anew, so that memory does not grow with them."""
 
 
 class Options(BackboneOptions, BaseOptions):
@@ -129,7 +132,7 @@ class FeatureSpace:
             ConfigError: the backbone's weights are missing, or ``statistics`` is ``per_cell`` and n is 1.
         """
         self.check()
-        grids = self._backbone(images.detach(), self._joined)  # (n, D, h, w)
+        grids = self._grids(images.detach())
         cells = self._sampled(grids)
         scale = self._level_scale(cells)  # (D,)
         mean = cells.mean(0)
@@ -138,6 +141,14 @@ class FeatureSpace:
         self._mean = mean.float()
         self._projection = (scale[:, None] * axes).T.float().contiguous()  # (K, D)
         self._gaussians = self._fitted_gaussians(grids) if self.options.statistics == "per_cell" else None
+
+    def fit_bytes(self, num_images: int) -> int:
+        """Memory that :meth:`fit` takes for so many images, beside the images."""
+        components, height, width = self.shape
+        grids = self._grid_bytes(num_images)
+        held = grids if grids <= _KEPT_BYTES else self._grid_bytes(min(num_images, _PART))
+        own = height * width * components**2 if self.options.statistics == "per_cell" else 0
+        return held + own * (8 + 4)  # sums in float64, what comes of them in float32
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, C, H, W) images in [-1, 1] to (B, K, h, w), of mean 0 and variance 1 over the cells of fitted images."""
@@ -195,8 +206,18 @@ class FeatureSpace:
         projected = _projected(self._joined(maps), mean, projection)  # (B, K, h, w)
         return projected if cells is None else cells.whitened(projected)
 
-    def _fitted_gaussians(self, grids: Tensor) -> CellGaussians:
-        """Of the projected joined grids (n, D, h, w), scaled so that what is whitened has a mean square of 1."""
+    def _grid_bytes(self, num_images: int) -> int:
+        """Of joined grids, float32."""
+        _, height, width = self.shape
+        return 4 * num_images * sum(self._backbone.num_channels) * height * width
+
+    def _grids(self, images: Tensor) -> _Parts:
+        """Joined grids of images (n, C, H, W)."""
+        make = partial(self._backbone, head=self._joined)
+        return _Parts(images, make, keep=self._grid_bytes(len(images)) <= _KEPT_BYTES)
+
+    def _fitted_gaussians(self, grids: _Parts) -> CellGaussians:
+        """Of the projected joined grids, scaled so that what is whitened has a mean square of 1."""
         if len(grids) < 2:
             raise ConfigError(
                 "space.statistics is per_cell and it is fitted on 1 image, which has no covariance; raise"
@@ -205,10 +226,10 @@ class FeatureSpace:
         mean, projection = self._mean.to(grids.device), self._projection.to(grids.device)
         moments, total = Moments(), 0.0
         with full_precision(grids.device):
-            for part in torch.split(grids, _PART):
+            for part in grids:
                 moments.add(_projected(part, mean, projection))
             gaussians = moments.gaussians(self.options.shrinkage).to(grids.device)
-            for part in torch.split(grids, _PART):
+            for part in grids:
                 white = gaussians.whitened(_projected(part, mean, projection))
                 total += float(white.square().mean((1, 2, 3)).sum())
         return gaussians.scaled(1 / math.sqrt(total / len(grids)))
@@ -217,19 +238,43 @@ class FeatureSpace:
         """(B, D, h, w): all levels on the grid."""
         return joined(averaged(maps, self.options.neighbourhood), (self.shape[1], self.shape[2]))
 
-    def _sampled(self, grids: Tensor) -> Tensor:
-        """Some cells of the joined grids (n, D, h, w), float64 (cells, D)."""
-        count, _, height, width = grids.shape
+    def _sampled(self, grids: _Parts) -> Tensor:
+        """Some cells of the joined grids, float64 (cells, D)."""
+        count, (_, height, width) = len(grids), self.shape
         generator = torch.Generator().manual_seed(keyed_seed("feature", count * height * width))
         kept = torch.randperm(count * height * width, generator=generator)[: self.options.num_fit_cells].sort().values
-        image, row, column = (place.to(grids.device) for place in torch.unravel_index(kept, (count, height, width)))
-        return grids[image, :, row, column].cpu().double()
+        image, row, column = torch.unravel_index(kept, (count, height, width))
+        cells, first = list[Tensor](), 0
+        for part in grids:
+            here = (first <= image) & (image < first + len(part))
+            place = ((image[here] - first).to(part.device), row[here].to(part.device), column[here].to(part.device))
+            cells.append(part[place[0], :, place[1], place[2]].cpu().double())
+            first += len(part)
+        return torch.cat(cells)
 
     def _level_scale(self, cells: Tensor) -> Tensor:
         """What each channel is multiplied by, (D,): its z-score, and one over the root of its level's channels."""
         deviation = cells.std(0, correction=0)
         weights = [torch.full((count,), 1 / math.sqrt(count)) for count in self._backbone.num_channels]
         return torch.cat(weights).double() / deviation.clamp(min=1e-3 * float(deviation.max()) + 1e-12)
+
+
+class _Parts:
+    """Joined grids (n, D, h, w) of images, some at a time and as often as wanted: the same bits each time on a CPU."""
+
+    def __init__(self, images: Tensor, make: Callable[[Tensor], Tensor], *, keep: bool) -> None:
+        self.device = images.device
+        self._images, self._make = images, make
+        self._kept = list(self._made()) if keep else None
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self._made() if self._kept is None else iter(self._kept)
+
+    def _made(self) -> Iterator[Tensor]:
+        return (self._make(part) for part in torch.split(self._images, _PART))
 
 
 def _projected(grids: Tensor, mean: Tensor, projection: Tensor) -> Tensor:

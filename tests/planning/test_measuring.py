@@ -10,7 +10,8 @@ import torch
 
 from raydiff.config import ExperimentConfig
 from raydiff.errors import ConfigError
-from raydiff.planning.measuring import chosen_rows, fitted_space, measure
+from raydiff.planning.learning import fitted_space
+from raydiff.planning.measuring import chosen_rows, measure
 from raydiff.planning.model import make_plan
 from raydiff.planning.pair import measure_pair
 from raydiff.planning.profile import Profile
@@ -31,7 +32,8 @@ def measured(tiny_config: ExperimentConfig) -> Profile:
 def test_every_figure_is_there(measured: Profile) -> None:
     nothing = {"encode_seconds", "encode_flops", "space_bytes", "costly_space", "pair", "device_peak_bytes", "commit"}
     for field in fields(measured):
-        if field.name not in nothing | {"device_memory_bytes", "space_seconds", "head_seconds"}:
+        learnt = {"space_seconds", "space_fixed_seconds", "space_fit_bytes", "head_seconds"}
+        if field.name not in nothing | learnt | {"device_memory_bytes"}:
             assert getattr(measured, field.name), field.name
     assert max(measured.step_seconds) <= 16  # fewer where the machine is busy
     assert measured.evaluations == 8
@@ -106,14 +108,16 @@ def test_a_space_that_learns_is_measured_apart() -> None:
     assert profile.space_bytes > 1e6
     assert profile.encode_flops > 1e6
     assert profile.encode_seconds > 0
+    assert profile.space_fit_bytes == 200 * 4 * 16 * (24 + 40 + 112)  # grids of 4 x 4 cells, float32
 
 
 def test_a_space_that_is_trained_is_measured_by_some_of_its_steps() -> None:
     space = {"name": "latent", "factor": 2, "latent_channels": 4, "width": 8, "batch_size": 4, "num_steps": 100_000}
     config = ExperimentConfig().override({"space": space, "denoiser": {"name": "convnet", "width": 16}})
-    state, seconds = fitted_space(config, sample_images(config).pixels, "cpu")
-    assert state["autoencoder.encoder.1.weight"].shape == (8, 4, 3, 3)
-    assert 20 < seconds < 20_000
+    fit = fitted_space(config, sample_images(config).pixels, "cpu")
+    assert fit.state["autoencoder.encoder.1.weight"].shape == (8, 4, 3, 3)
+    assert 20 < fit.seconds < 20_000
+    assert not fit.bytes
 
 
 def test_two_processes_slow_each_other_and_sum(tiny_config: ExperimentConfig) -> None:

@@ -90,6 +90,17 @@ def test_images_are_held_by_every_worker_or_streamed(round_profile: Profile) -> 
     assert streamed.object_store > 0
 
 
+def test_a_space_is_fitted_before_the_workers_hold_anything(round_profile: Profile) -> None:
+    feature = {"name": "feature", "num_fit_images": 100}
+    before = host(round_profile, 2)
+    assert before.fitting == 0
+    few = host(replace(round_profile, space_fit_bytes=1000), 2, space=feature)
+    assert few.fitting == 1000 + 2 * 4 * 100 * 64
+    assert few.total == before.total
+    much = host(replace(round_profile, space_fit_bytes=10**12), 2, space=feature)
+    assert much.total == pytest.approx(before.processes + before.ray + 10**12, rel=1e-6)
+
+
 def test_streaming_is_bounded_whatever_the_number_of_images(round_profile: Profile) -> None:
     more = with_images(round_profile, num_train=10**9)
     assert host(more, 2, data__cache_mb=0) == host(round_profile, 2, data__cache_mb=0)

@@ -114,6 +114,22 @@ def test_per_cell_normal_images_have_mean_0_and_variance_1_in_every_cell() -> No
     assert float(per_cell.max() / per_cell.min()) < 1.3
 
 
+@pytest.mark.parametrize("statistics", ["shared", "per_cell"])
+def test_grids_that_are_not_kept_give_the_same_bits(
+    statistics: Literal["shared", "per_cell"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = small_images(40, SIZE, seed=3)  # more than are worked on at a time
+    options = Options(num_components=6, num_fit_cells=300, statistics=statistics)
+    kept, made = (build(options, channels=1, image_size=SIZE) for _ in range(2))
+    kept.fit(images)
+    weight = kept.fit_bytes(40)
+    monkeypatch.setattr("raydiff.spaces.feature._KEPT_BYTES", 0)
+    made.fit(images)
+    assert made.fit_bytes(40) < weight
+    assert made.fit_bytes(40) == made.fit_bytes(10**6)
+    assert all(torch.equal(value, made.state()[name]) for name, value in kept.state().items())
+
+
 def test_per_cell_keeps_its_state_and_the_contract() -> None:
     space = fitted(**PER_CELL)
     restored = build(space.options, channels=1, image_size=SIZE)
