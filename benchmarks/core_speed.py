@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -332,12 +333,21 @@ def milliseconds(
 ) -> dict[str, list[float]]:
     """Per image of a batch, by the clock or the processor's, of each variant in every turn but the first, a warm-up."""
     images = to_tensor(some_images(size, 256))
-    found: dict[str, list[float]] = {name: [] for name in variants}
+    calls = {name: partial(call, images) for name, call in variants.items()}
+    taken = in_turns(calls, device, turns, processor=processor)
+    return {name: [1000 * seconds / size for seconds in found] for name, found in taken.items()}
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], object]], device: str, turns: int, *, processor: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of each call, by the clock or the processor's, in every turn but the first, a warm-up."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(turns + 1):
-        for name, call in variants.items():
-            seconds = timed(lambda call=call: call(images), device, processor=processor)  # type: ignore[misc]
+        for name, call in calls.items():
+            seconds = timed(call, device, processor=processor)
             if turn:
-                found[name].append(1000 * seconds / size)
+                found[name].append(seconds)
     return found
 
 
