@@ -327,7 +327,7 @@ def _giving(levels: tuple[int, ...], network: nn.Module) -> nn.Module:
 def _from_hub(options: BackboneOptions) -> nn.Module:
     try:
         return _feature_network(options, pretrained=True)
-    except ConfigError:
+    except (ConfigError, MemoryError):
         raise
     except Exception as error:  # whatever a missing hub, proxy or certificate makes the client raise
         package = _PACKAGES.get(options.backbone, "").replace("_", "-")

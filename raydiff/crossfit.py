@@ -33,7 +33,7 @@ from raydiff.errors import ConfigError, DataError
 from raydiff.images import to_tensor
 from raydiff.runtime import CHECKPOINTS
 from raydiff.shards import ShardSet
-from raydiff.splits import labelled_batches, training_ids
+from raydiff.splits import image_ids, labelled_batches
 from raydiff.storage import Place
 from raydiff.weighting import WEIGHTS, read_weights, write_weights
 
@@ -45,6 +45,7 @@ __all__ = [
     "begin_folds",
     "calibrated_across",
     "fold_runs",
+    "having_removed",
     "parts_of",
     "remove_checkpoints",
     "suspects_csv",
@@ -105,7 +106,7 @@ def fold_runs(config: ExperimentConfig, run_dir: Place, shards: ShardSet) -> lis
             "contamination.max_share": 0,
         }
     )
-    there = frozenset(training_ids(shards))
+    there = frozenset(image_ids(shards, "train"))
     return [
         FoldRun(run_dir / FOLDS / f"{number}", own, part)
         for number, part in enumerate(parts)
@@ -129,7 +130,7 @@ def _begun_parts(config: ExperimentConfig, run_dir: Place, shards: ShardSet) -> 
         parts.append(read_weights(place, shards.count("train")).left_out)
     ids = frozenset[str]().union(*parts)
     whole = len(parts) == min(config.cross_fitting.folds, len(ids))
-    return parts if whole and not ids.isdisjoint(training_ids(shards)) else []
+    return parts if whole and not ids.isdisjoint(image_ids(shards, "train")) else []
 
 
 def remove_checkpoints(run_dir: Path) -> None:
@@ -140,7 +141,7 @@ def remove_checkpoints(run_dir: Path) -> None:
 
 def parts_of(config: ExperimentConfig, shards: ShardSet) -> list[frozenset[str]]:
     """The training images' ids in folds whose sizes differ by one at most."""
-    ids = sorted(training_ids(shards), key=lambda image_id: keyed_seed("fold", config.seed, image_id))
+    ids = sorted(image_ids(shards, "train"), key=lambda image_id: keyed_seed("fold", config.seed, image_id))
     count = min(config.cross_fitting.folds, len(ids))
     return [frozenset(ids[number::count]) for number in range(count)]
 
@@ -163,7 +164,8 @@ def calibrated_across(
     numbers = list(range(count)) if folds else [-1 - number for number in range(count)]
     observed, groups, images, removed = list[Tensor](), list[int](), 0, 0
     limit = config.calibration.max_images
-    for ids, pixels, judge in _judged_by(folds or [Fold(frozenset(training_ids(shards)), detector)], config, shards):
+    itself = Fold(frozenset(image_ids(shards, "train")), detector)
+    for ids, pixels, judge in _judged_by(folds or [itself], config, shards):
         for image_id, image in zip(ids, pixels, strict=True):
             if limit is not None and images >= limit:
                 continue
@@ -182,7 +184,7 @@ def calibrated_across(
         torch.cat(observed), data_digest=shards.normal_digest, groups=torch.tensor(groups),
         origin="left_out" if folds else "trained_on",
     )  # fmt: skip
-    return _less(found, removed)
+    return having_removed(found, removed)
 
 
 def training_scores(folds: Sequence[Fold], config: ExperimentConfig, shards: ShardSet) -> dict[str, float]:
@@ -214,10 +216,10 @@ def trusted_calibration(
     found = suspicions(dict(zip(ids[:limit], scores, strict=True)), detector.config.contamination, "calibration")
     bad = {one.image_id for one in found if one.weight < 1}
     kept = torch.tensor([image_id not in bad for image_id in ids[:limit]])
-    return _less(detector.calibrate_observed(together[kept], data_digest=data_digest), len(bad)), found
+    return having_removed(detector.calibrate_observed(together[kept], data_digest=data_digest), len(bad)), found
 
 
-def _less(detector: Detector, count: int) -> Detector:
+def having_removed(detector: Detector, count: int) -> Detector:
     """The detector, whose calibration says that so many images were taken for anomalies."""
     assert detector.calibration is not None  # noqa: S101
     return replace(detector, calibration=detector.calibration.less(count)) if count else detector

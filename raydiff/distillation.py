@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from raydiff import registry
-from raydiff.config import ExperimentConfig
+from raydiff.config import ExperimentConfig, Options, component_options
 from raydiff.config.overrides import parse_override
 from raydiff.contracts import DistillableScorer, Scorer
 from raydiff.core.diffusion import Denoiser, Diffusion
@@ -29,6 +29,7 @@ from raydiff.core.objective import diffusion_loss
 from raydiff.core.schedule import predict_x0
 from raydiff.detector import Detector, DiffusionDetector, load_detector, schedule_of
 from raydiff.errors import ArtifactError, ConfigError
+from raydiff.judgement import JudgeOptions
 from raydiff.storage import Place
 
 __all__ = ["TEACHER", "Teacher", "check_teacher", "student_config", "teacher_in"]
@@ -42,6 +43,11 @@ class Teacher:
     """A calibrated diffusion detector as the source of what a student learns."""
 
     detector: DiffusionDetector
+
+    @property
+    def suspects(self) -> Mapping[str, float]:
+        """Training and calibration images that it took for anomalies, with what they count: its student's too."""
+        return dict(self.detector.provenance.get("suspects", {}))
 
     def initialised(self, student: nn.Module) -> nn.Module:
         """The student's network, with the teacher's weights."""
@@ -113,6 +119,7 @@ def check_teacher(teacher: DiffusionDetector) -> tuple[DistillableScorer, int]:
             f"{teacher.name} needs one network evaluation per score already; distil a run with more of them, or one"
             " whose scoring.num_inference_steps is higher"
         )
+    component_options("scorers", scorer.in_one(teacher.model.schedule).model_dump(mode="json"))
     return scorer, evaluations
 
 
@@ -175,14 +182,27 @@ def _check(config: ExperimentConfig, teacher: DiffusionDetector) -> None:
             "--set data.calibration_fraction: the teacher saw all images, also those that would be set aside; fit the"
             " teacher with it above 0"
         )
+    for path in ("calibration_fraction", "split_seed"):
+        if getattr(config.data, path) != getattr(teacher.config.data, path):
+            raise ConfigError(
+                f"--set data.{path}: the student would be calibrated on images that its teacher was trained on; leave"
+                " it out, or fit the teacher with it"
+            )
     scorer: Scorer = registry.build("scorers", config.scoring)
     count = scorer.num_evaluations(teacher.model)
     wanted = _distillable(teacher.scorer, teacher.config).in_one(schedule_of(config))
-    if count != 1 or scorer.timesteps(schedule_of(config)) != _timesteps(config, wanted):
+    step = _timesteps(config, wanted)
+    if count != 1 or scorer.timesteps(schedule_of(config)) != step or _asked(config.scoring) != _asked(wanted):
         raise ConfigError(
-            f"--set scoring: the student is asked once, at step {_timesteps(config, wanted)[0]}, which its teacher's"
-            f" scorer decides; only how evidence is judged (normalise, blur, pooling, density) may differ"
+            f"--set scoring: the student is asked once, at step {step[0]}, and in the way that its teacher's scorer"
+            " decides; only how evidence is judged (normalise, blur, pooling, density) may differ"
         )
+
+
+def _asked(options: Options) -> dict[str, object]:
+    """How a scorer asks its network, but for the step: its options that are neither of judgement nor numbers."""
+    asked = options.model_dump(exclude=set(JudgeOptions.model_fields))
+    return {name: value for name, value in asked.items() if not isinstance(value, float)}
 
 
 def _timesteps(config: ExperimentConfig, options: object) -> list[int]:

@@ -50,10 +50,11 @@ from raydiff.runtime import CHECKPOINTS, LocalRuntime
 from raydiff.shards import ShardSet, TrainingBatch, TrainingOrder, cached_stream, fits_in_memory
 from raydiff.shards.order import Share
 from raydiff.shards.windows import cut, stored_chunks
-from raydiff.splits import held_out_images, split_batches, weights_of
+from raydiff.splits import held_out_images, image_ids, split_batches, weights_of
 from raydiff.storage import MANIFEST, Place, Storage, as_place, uri_of
 from raydiff.tracking import MetricsLog
 from raydiff.training import Stream, train
+from raydiff.weighting import write_weights
 
 __all__ = [
     "ARTIFACT",
@@ -152,7 +153,10 @@ def begin_run(run_dir: Place, config: ExperimentConfig, shards: ShardSet) -> Non
     fresh = DiffusionDetector.create(config, num_classes=len(shards.normal_classes))
     fresh.space.check()
     fresh.scorer.state()  # the weights that it needs are there
-    teacher_in(run_dir, config)
+    teacher = teacher_in(run_dir, config)
+    if teacher is not None and teacher.suspects:
+        there = set(image_ids(shards, "train"))
+        write_weights(run_dir, {name: weight for name, weight in teacher.suspects.items() if name in there})
     write_config(run_dir, config)
 
 

@@ -150,6 +150,8 @@ def _onnx(path: Path, threads: int) -> tuple[Graph, str | None]:
     options.log_severity_level = 3  # errors
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except MemoryError:
+        raise
     except Exception as error:  # its own exceptions have no common root
         raise ArtifactError(f"{path}: is no whole ONNX file ({_line(error)}); export the artefact again") from error
     name = session.get_inputs()[0].name
@@ -164,6 +166,8 @@ def _torch(path: Path) -> tuple[Graph, str | None]:
     extra = {METADATA: ""}
     try:
         program = torch.export.load(str(path), extra_files=extra)
+    except MemoryError:
+        raise
     except Exception as error:  # whatever a garbled zip makes it trip over
         raise ArtifactError(f"{path}: is no whole .pt2 file ({_line(error)}); export the artefact again") from error
     module = program.module()

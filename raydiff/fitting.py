@@ -24,6 +24,7 @@ from raydiff.crossfit import (
     begin_folds,
     calibrated_across,
     fold_runs,
+    having_removed,
     parts_of,
     suspects_csv,
     suspicions,
@@ -31,13 +32,14 @@ from raydiff.crossfit import (
     trusted_calibration,
 )
 from raydiff.detector import BaselineDetector, Detector, DiffusionDetector, load_detector
+from raydiff.distillation import teacher_in
 from raydiff.errors import ConfigError
 from raydiff.heads import with_trained_scorer
 from raydiff.images import ImageSpec, decode_file
 from raydiff.provenance import versions
 from raydiff.shards import ShardSet
 from raydiff.shards.groups import GroupReader
-from raydiff.splits import split_batches, training_images, weights_of
+from raydiff.splits import image_ids, split_batches, training_images, weights_of
 from raydiff.storage import MANIFEST, Place, Storage, uri_of
 from raydiff.weighting import Weights, write_weights
 
@@ -210,6 +212,12 @@ def statistics_notes(config: ExperimentConfig, shards: ShardSet) -> Iterator[str
             f"space.statistics is per_cell, and {count} training images say little of {components} x {components}"
             " covariances in each cell; raise space.shrinkage, lower space.num_components, or leave statistics shared"
         )
+    moved = [name for name in ("rotation", "shift", "scale") if getattr(config.augmentation, name)]
+    if getattr(config.space, "statistics", "shared") == "per_cell" and moved:
+        yield (
+            f"space.statistics is per_cell, where each place has its own, and augmentation.{moved[0]} moves parts to"
+            " other places; keep it below a cell's size, or leave it out"
+        )
 
 
 def fit_baselines(config: ExperimentConfig, shards: ShardSet, names: Sequence[str]) -> Iterator[Detector]:
@@ -246,17 +254,28 @@ def _fitted(
 def _calibrated(detector: Detector, shards: ShardSet, run_dir: Place | None) -> tuple[Detector, list[Suspicion]]:
     """The detector, and what was thought of the calibration images where they are not trusted."""
     config = detector.config
+    detector = _as_taught(detector, run_dir)
     detector = with_trained_scorer(detector, shards, without=detector.provenance.get("suspects", {}))
     if not config.data.calibration_fraction:
         bad = detector.provenance.get("suspects", {})
         return calibrated_across(detector, _folds_of(detector, shards, run_dir), shards, without=bad), []
     if not config.contamination.max_share:
-        batches = split_batches(shards, "calibration", config)
-        return detector.calibrate(batches, data_digest=shards.normal_digest), []
+        bad = detector.provenance.get("suspects", {})
+        batches = split_batches(shards, "calibration", config, without=bad)
+        detector = detector.calibrate(batches, data_digest=shards.normal_digest)
+        return having_removed(detector, len(set(bad) & set(image_ids(shards, "calibration"))) if bad else 0), []
     detector, found = trusted_calibration(detector, shards, data_digest=shards.normal_digest)
     suspects = {one.image_id: 0.0 for one in found if one.weight < 1}
     known = dict(detector.provenance.get("suspects", {}))
     return replace(detector, provenance={**detector.provenance, "suspects": known | suspects}), found
+
+
+def _as_taught(detector: Detector, run_dir: Place | None) -> Detector:
+    """The detector, which knows what its teacher took for anomalies; itself where it is no student or knows already."""
+    teacher = None if run_dir is None else teacher_in(run_dir, detector.config)
+    if teacher is None or not teacher.suspects:
+        return detector
+    return replace(detector, provenance={**detector.provenance, "suspects": teacher.suspects})
 
 
 def _folds_of(detector: Detector, shards: ShardSet, run_dir: Place | None) -> list[Fold]:

@@ -285,10 +285,11 @@ def _load(data: bytes, spec: ImageSpec, name: str) -> tuple[Image.Image, str]:
             orientation = image.getexif().get(ExifTags.Base.Orientation)
             plain = _eight_bit(image, name)
             kind = str(plugin.format).lower()
-    except DataError:
+    except (DataError, MemoryError):  # the latter says nothing of the file
         raise
     except Exception as error:  # Pillow's parsers raise whatever a garbled file makes them trip over
-        raise ImageError(f"{name}: cannot be decoded ({' '.join(str(error).split())}); {_REMEDY}", "damaged") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"{name}: cannot be decoded ({reason}); {_REMEDY}", "damaged") from error
     turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return (plain if turn is None else plain.transpose(turn)), kind
 

@@ -274,7 +274,7 @@ def find_part(image: Image.Image) -> Pose | None:
     labels, _ = ndimage.label(ndimage.binary_closing(standing, iterations=3)[3:-3, 3:-3])
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0  # the background
-    if sizes.max() < _LEAST_PART * labels.size:
+    if sizes.max() < max(2, _LEAST_PART * labels.size):  # a single pixel has no axis
         return None
     places = np.argwhere((sizes >= _FRAGMENT * sizes.max())[labels]).astype(np.float64)  # (n, 2), row and column
     centre = places.mean(0)

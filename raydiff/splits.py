@@ -20,7 +20,7 @@ from raydiff.storage import Place
 from raydiff.training import HeldOut
 from raydiff.weighting import Weights, read_weights
 
-__all__ = ["held_out_images", "labelled_batches", "split_batches", "training_ids", "training_images", "weights_of"]
+__all__ = ["held_out_images", "image_ids", "labelled_batches", "split_batches", "training_images", "weights_of"]
 
 _MAX_VIEWED = 500
 """Training images and views of them that something is fitted on at once; more images than that are taken alone."""
@@ -33,16 +33,18 @@ def labelled_batches(shards: ShardSet, split: Any, config: ExperimentConfig) -> 
     )
 
 
-def split_batches(shards: ShardSet, split: Any, config: ExperimentConfig) -> Iterator[Tensor]:
+def split_batches(
+    shards: ShardSet, split: Any, config: ExperimentConfig, *, without: Collection[str] = ()
+) -> Iterator[Tensor]:
     """The images of a split, float32 (B, C, H, W) in [-1, 1], in stored order, a batch at a time."""
-    for part in labelled_batches(shards, split, config):
+    for part in _without(without, labelled_batches(shards, split, config)):
         yield to_tensor(part.images)
 
 
-def training_ids(shards: ShardSet) -> list[str]:
-    """The ids of all training images, in stored order; no image is read."""
-    with GroupReader(shards, "train") as reader:
-        groups = (reader.table(group, ("image_id",)) for group in range(len(shards.row_groups("train"))))
+def image_ids(shards: ShardSet, split: Any) -> list[str]:
+    """The ids of all images of a split, in stored order; no image is read."""
+    with GroupReader(shards, split) as reader:
+        groups = (reader.table(group, ("image_id",)) for group in range(len(shards.row_groups(split))))
         return [image_id for group in groups for image_id in group.column("image_id").to_pylist()]
 
 
@@ -51,7 +53,7 @@ def weights_of(run_dir: Place, shards: ShardSet) -> Weights:
     weights = read_weights(run_dir, shards.count("train"))
     if not (weights.by_id and shards.left_out):
         return weights
-    there = set(training_ids(shards))
+    there = set(image_ids(shards, "train"))
     return Weights({name: weight for name, weight in weights.by_id.items() if name in there}, weights.num_images)
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from raydiff.artifact import write_folder
 from raydiff.config import ExperimentConfig, component_options
 from raydiff.detector import DiffusionDetector, load_detector
-from raydiff.distillation import TEACHER, Teacher, student_config, teacher_in
+from raydiff.distillation import TEACHER, Teacher, check_teacher, student_config, teacher_in
 from raydiff.errors import ArtifactError, ConfigError
 from raydiff.experiment import begin_distillation, calibrated, fit_locally, open_run
 from raydiff.shards import ShardSet
+from raydiff.splits import image_ids, weights_of
 from raydiff.tracking import read_metrics
 
 QUICK = ["training.num_steps=16", "training.warmup_steps=2", "training.checkpoint_every=8", "training.validate_every=8"]
@@ -152,6 +153,12 @@ def test_what_cannot_be_distilled_is_refused(detector: DiffusionDetector, digit_
     assert refused(detector, "denoiser.block_out_channels=[8, 8]").startswith("--set denoiser: ")
     assert refused(detector, "seed=4").startswith("--set seed: ")
     assert refused(detector, "scoring.start=0.5").startswith("--set scoring: the student is asked once, at step 385")
+    asking = ("start_from=clean", "num_repeats=2", "classes=minimum")
+    assert all(refused(detector, f"scoring.{one}").startswith("--set scoring: the student is") for one in asking)
+    image = rescored(detector, digit_shards, SCORERS[2])
+    assert "in the way that its teacher's scorer decides" in refused(image, "scoring.error=absolute")
+    for split in ("data.calibration_fraction=0.45", "data.split_seed=7"):
+        assert "would be calibrated on images that its teacher was trained on" in refused(detector, split)
     for sight in ("data.image_size=[16, 16]", "data.resize=pad", "data.align=principal_axis"):
         assert refused(detector, sight).startswith(f"--set {sight.partition('=')[0]}: a student sees what")
     assert student_config(detector, ["scoring.pooling=mean"]).scoring.model_dump()["pooling"] == "mean"
@@ -167,6 +174,36 @@ def test_a_run_that_looked_for_anomalies_is_distilled_without_looking(detector: 
     assert "the teacher saw all images" in refused(few, "data.calibration_fraction=0.2", "contamination.max_share=0")
     known = student_config(few, ["cross_fitting.folds=0", "contamination.max_share=0"])
     assert not known.needs_folds
+
+
+def test_what_a_teacher_took_for_anomalies_its_student_leaves_out(
+    tiny_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path
+) -> None:
+    looking = {"contamination": {"max_share": 0.1, "cutoff": 1.0}, "cross_fitting": {"folds": 2, "num_steps": 8}}
+    shards = {"data.shards": digit_shards.uri}
+    teacher = fit_locally(tiny_config.override({**looking, **shards}), tmp_path / "teacher", digit_shards)
+    suspects = teacher.provenance["suspects"]
+    asked = set(suspects) & set(image_ids(digit_shards, "calibration"))
+    assert asked < set(suspects)  # some of both splits
+    assert asked
+    config = begin_distillation(tmp_path / "student", tmp_path / "teacher", [*QUICK, "contamination.max_share=0"])
+    student = fit_locally(config, tmp_path / "student", digit_shards)
+    assert student.provenance["suspects"] == suspects
+    assert set(weights_of(tmp_path / "student", digit_shards).by_id) == set(suspects) - asked
+    assert student.calibration is not None
+    assert teacher.calibration is not None
+    for field in ("num_images", "num_removed"):
+        assert getattr(student.calibration.threshold, field) == getattr(teacher.calibration.threshold, field), field
+    again = calibrated(load_detector(tmp_path / "student" / "artifact"), digit_shards)  # with no run at hand
+    assert again.calibration is not None
+    assert again.calibration.threshold == student.calibration.threshold
+
+
+def test_a_teacher_asked_at_the_last_step_has_a_student(detector: DiffusionDetector, digit_shards: ShardSet) -> None:
+    teacher = rescored(detector, digit_shards, {"name": "denoising_error", "num_inference_steps": 2, "stop": 1.0})
+    assert check_teacher(teacher)[1] == 2
+    student = teacher.with_scoring(student_config(teacher).scoring)
+    assert student.scorer.timesteps(teacher.model.schedule) == [len(teacher.model.schedule) - 1]
 
 
 def test_a_student_without_its_teacher_is_refused(detector: DiffusionDetector, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from raydiff.results import load_evaluations, save_evaluations
 from raydiff.service.artifacts import describe, load_artifact
 from raydiff.shards import ShardSet, write_shards
 from raydiff.spaces.pixel import PixelSpace
-from raydiff.splits import labelled_batches, training_ids, training_images, weights_of
+from raydiff.splits import image_ids, labelled_batches, training_images, weights_of
 from raydiff.tracking import progress_line
 from raydiff.weighting import read_weights, write_weights
 
@@ -86,7 +86,7 @@ def test_each_fold_is_blind_to_what_it_judges(tiny_config: ExperimentConfig, tmp
     config = few(tiny_config, 3, **{"cross_fitting.folds": 3})
     shards = write_shards(config.data, str(tmp_path / "shards"))
     parts = parts_of(config, shards)
-    assert sorted(image_id for part in parts for image_id in part) == sorted(training_ids(shards))
+    assert sorted(image_id for part in parts for image_id in part) == sorted(image_ids(shards, "train"))
     assert [len(part) for part in parts] == [1, 1, 1]
     lines: list[Mapping[str, Any]] = []
     fit_locally(config, tmp_path / "run", shards, on_metrics=lines.append)
@@ -164,9 +164,9 @@ def test_lost_images_move_nobody_to_another_fold(
     folds = [Fold(part, load_detector(run / "folds" / str(i) / "artifact")) for i, part in enumerate(trained)]
     again = calibrated_across(detector, folds, fewer)
     assert torch.equal(again.calibration.scores, detector.calibration.scores)  # type: ignore[union-attr]
-    lost = sorted(set(training_ids(whole)) - set(training_ids(fewer)))
-    write_weights(run, {lost[0]: 0.0, training_ids(fewer)[0]: 0.5})
-    assert list(weights_of(run, fewer).by_id) == training_ids(fewer)[:1]  # the lost have no share in the mean
+    lost = sorted(set(image_ids(whole, "train")) - set(image_ids(fewer, "train")))
+    write_weights(run, {lost[0]: 0.0, image_ids(fewer, "train")[0]: 0.5})
+    assert list(weights_of(run, fewer).by_id) == image_ids(fewer, "train")[:1]  # the lost have no share in the mean
 
 
 def test_another_scorer_is_calibrated_on_the_same_folds(tiny_config: ExperimentConfig, tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_anomalies_among_the_normals_are_found_named_and_left_out(
 def test_the_held_out_loss_is_not_measured_on_suspects(tiny_config: ExperimentConfig, digit_shards: ShardSet) -> None:
     config = tiny_config.override({"data.calibration_fraction": 0, "training.validation_images": 5})
     trusting = config.override({"contamination.max_share": 0.1})
-    ids = training_ids(digit_shards)
+    ids = image_ids(digit_shards, "train")
     assert held_out_images(config, digit_shards, ids[:3]).ids == ids[:3]  # of a fold
     assert held_out_images(trusting, digit_shards, ids[:3]).ids == ids[3:8]
     in_a_view = trusting.override({"augmentation.shift": 0.1})

@@ -27,7 +27,7 @@ from raydiff.heads import HEADS, planted_examples, with_timed_scorer, with_train
 from raydiff.images import to_tensor, to_uint8
 from raydiff.planting import Plants
 from raydiff.shards import ShardSet, write_shards
-from raydiff.splits import labelled_batches, training_ids, training_images
+from raydiff.splits import image_ids, labelled_batches, training_images
 from raydiff.sweep import EvidenceCache, measure_setting
 from raydiff.testing import small_images
 from raydiff.tracking import progress_line, read_metrics
@@ -195,7 +195,7 @@ def test_each_fold_has_a_head_that_never_saw_what_it_judges(tiny_config: Experim
         examples = planted_examples(judge, Plants(30, 1, (), (3,)), shards, without=left_out)
         assert examples.num_normal == 3
     assert len(left_out) == 3
-    assert set(left_out) < set(training_ids(shards))
+    assert set(left_out) < set(image_ids(shards, "train"))
     assert not same(*heads)
 
 

@@ -130,6 +130,15 @@ def test_garbled_bytes_never_raise_anything_else(kind: str) -> None:
             assert "\n" not in str(error)  # noqa: PT017
 
 
+def test_a_machine_without_memory_is_no_fault_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
+    with pytest.raises(MemoryError):
+        decode(file_of(picture()), spec(40, 50), "a.png")
+
+
 def test_garbled_png_names_the_image() -> None:
     content = bytearray(file_of(picture()))
     content[len(content) // 2] ^= 0xFF

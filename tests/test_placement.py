@@ -262,6 +262,10 @@ def test_a_round_part_is_centred_and_not_turned() -> None:
 def test_the_smallest_images_are_taken() -> None:
     for size in [(1, 1), (1, 40), (3, 2)]:
         assert decode(file_of(Image.new("L", size, 9)), CANVAS, "a").shape == (64, 128, 1)
+    speck = Image.new("L", (16, 16), 200)
+    speck.putpixel((5, 5), 0)
+    assert find_part(speck) is None  # a single pixel has no axis
+    assert decode(file_of(speck), CANVAS, "a").shape == (64, 128, 1)
 
 
 def test_colour_stands_out_too() -> None:
@@ -339,6 +343,8 @@ def test_fit_says_where_cells_have_too_few_images_for_statistics_of_their_own(tm
     assert re.match(r"space.statistics is per_cell, and \d+ training images say little of 64 x 64 .* leave", note)
     assert list(statistics_notes(config.override({"space.num_components": 4}), shards)) == []
     assert list(statistics_notes(plain, shards)) == []
+    [note] = statistics_notes(config.override({"space.num_components": 4, "augmentation.shift": 0.2}), shards)
+    assert "augmentation.shift moves parts to other places" in note
 
 
 def test_an_ensemble_sees_one_part_of_an_image(tmp_path: Path) -> None:

@@ -40,6 +40,9 @@ from raydiff.yaml_file import read_mapping
 
 __all__ = ["ExperimentConfig", "load_config"]
 
+_TO_OTHER_PLACES = ("horizontal_flip", "vertical_flip", "quarter_turns")
+"""Augmentations that show a part in another place altogether."""
+
 _HALF_QUARTER = 45
 """Degrees from which on a turned image may look more like another quarter turn."""
 
@@ -133,6 +136,7 @@ class ExperimentConfig(Section):
             "tiles.size": self.tiles.size is not None,
             "training.horizontal_flip": self.training.horizontal_flip,
             "objective.condition: rotation": self.objective.condition == "rotation",
+            **{f"augmentation.{name}": getattr(self.augmentation, name) for name in _TO_OTHER_PLACES},
         }
         if field := next((field for field, is_set in moved.items() if is_set), None):
             raise ValueError(

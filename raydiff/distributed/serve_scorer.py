@@ -188,7 +188,7 @@ class Scorer:
             )
         except Exception as error:
             if self._ask_s == _ASK_S:
-                _log.warning("the board does not answer (%s); going on as before", type(error).__name__)
+                _log.warning("the board does not answer (%s: %s); going on as before", type(error).__name__, error)
             self._ask_s = _ASK_AGAIN_S
             return
         self._ask_s = _ASK_S

@@ -184,7 +184,8 @@ class DenoisingError(Judge):
     def in_one(self, schedule: NoiseSchedule) -> Options:
         """One evaluation at the middle one of the K steps."""
         steps = self.timesteps(schedule)
-        start = steps[len(steps) // 2] / (len(schedule) - 1)
+        last = len(schedule) - 1
+        start = min(steps[len(steps) // 2], last - 0.25) / last  # below 1, which rounds to the last step
         stop = max(self.options.stop, min(1.0, start + 0.01))
         once = {"num_inference_steps": 1, "num_repeats": 1, "classes": "unlabelled", "start": start, "stop": stop}
         once["early_exit"] = None

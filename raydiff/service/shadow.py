@@ -7,6 +7,7 @@ nothing that goes wrong here reaches an answer.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +23,8 @@ from raydiff.service.artifacts import LoadedArtifact
 from raydiff.service.decoding import Limits, ReceivedImage, receive
 
 __all__ = ["Shadow", "ShadowRecord"]
+
+_log = logging.getLogger(__name__)
 
 _AT_ONCE = 16
 _MAX_PENDING_BYTES = 64_000_000
@@ -71,6 +74,7 @@ class Shadow:
         self._queue: Queue[_Job | None] = Queue(max_pending)
         self._pending_bytes = 0
         self._closed = False
+        self._failures = set[type[Exception]]()
         self._thread = Thread(target=self._work, name="raydiff-shadow", daemon=True)
         self._thread.start()
 
@@ -161,9 +165,13 @@ class Shadow:
             return
         try:
             record = self._compare(job)
-        except Exception:  # whatever it is, the thread must go on
+        except Exception as error:  # whatever it is, the thread must go on
             with self._lock:
                 self._counts["num_failed"] += 1
+                first = type(error) not in self._failures
+                self._failures.add(type(error))
+            if first:
+                _log.exception("the candidate %s cannot score an image", self.artifact.artifact_id)
             return
         self.artifact.drift.add(record.score)
         with self._lock:

@@ -227,15 +227,21 @@ def test_a_shadow_that_fails_or_cannot_keep_up_harms_nobody(
     assert report == shadow.report()
 
 
-def test_nothing_that_goes_wrong_ends_the_shadow(first: Path, larger: Path, files: list[bytes]) -> None:
+def test_nothing_that_goes_wrong_ends_the_shadow(
+    first: Path, larger: Path, files: list[bytes], caplog: pytest.LogCaptureFixture
+) -> None:
     received = ScoringService(first).receive(files[0])
     said = {"live_artifact_id": "1", "live_score": 0.0, "live_p_value": 0.5, "live_is_anomaly": False}
     shadow = Shadow(load_artifact(larger, max_batch=1), 1.0, limits=Limits(max_bytes=len(files[0])))
     shadow.offer(replace(received, data=received.data + b"more"), said)  # more than an image may have
-    shadow.offer(received, {})  # a TypeError
+    for _ in range(3):
+        shadow.offer(received, {})  # a TypeError
     shadow.offer(received, said)
     shadow.wait()
-    assert (shadow.report()["num_failed"], shadow.report()["num_scored"]) == (2, 1)
+    assert (shadow.report()["num_failed"], shadow.report()["num_scored"]) == (4, 1)
+    logged = [record for record in caplog.records if record.name == "raydiff.service.shadow"]
+    assert len(logged) == 2  # one of each kind, with its traceback
+    assert all(record.exc_info for record in logged)
     shadow.close()
 
 

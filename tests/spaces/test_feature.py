@@ -159,7 +159,14 @@ def test_per_cell_wants_more_images_unless_told() -> None:
 
 
 @pytest.mark.parametrize(
-    "more", ["tiles.size=[64, 64]", "training.horizontal_flip=true", "objective.condition=rotation"]
+    "more",
+    [
+        "tiles.size=[64, 64]",
+        "training.horizontal_flip=true",
+        "objective.condition=rotation",
+        "augmentation.vertical_flip=true",
+        "augmentation.quarter_turns=true",
+    ],
 )
 def test_per_cell_a_place_must_be_the_same_place(more: str) -> None:
     config = ExperimentConfig().override(["data.image_size=[128, 128]", more])
