@@ -249,20 +249,28 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, text: str) ->
 def _difference(detector: DiffusionDetector, path: Path, images: NDArray[np.uint8]) -> float:
     """The largest of the trial images' differences, alone and together; see :data:`TOLERANCE`.
 
+    A map's pixels differ in units of its highest one.
+
     Raises:
         RaydiffError: it exceeds the tolerance.
     """
     assert detector.calibration is not None  # noqa: S101
     exported, given = load_exported(path), to_tensor(images)
-    expected = detector.score(given).image.double()
-    unit = torch.maximum(expected.abs(), detector.calibration.scores.std())
-    together = exported.score(given).image.double()
-    alone = torch.cat([exported.score(given[i : i + 1]).image.double() for i in range(len(given))])
-    worst = float(((torch.stack([together, alone]) - expected).abs() / unit).max())
+    expected = detector.score(given)
+    unit = torch.maximum(expected.image.double().abs(), detector.calibration.scores.std())
+    worst = 0.0
+    for part in (slice(None), *(slice(i, i + 1) for i in range(len(given)))):
+        found = exported.score(given[part])
+        apart = [(found.image.double() - expected.image[part].double()).abs() / unit[part]]
+        if expected.map is not None and found.map is not None:
+            highest = expected.map[part].abs().amax((-2, -1), keepdim=True)
+            apart.append((found.map - expected.map[part]).abs() / highest.clamp(min=1e-30))
+        worst = max(worst, *(float(one.max()) for one in apart))
     if not worst <= TOLERANCE:
         raise RaydiffError(
-            f"{detector.name}: the exported scores are {worst:.2g} away from the artefact's, more than {TOLERANCE:g};"
-            " nothing is written: its scorer magnifies rounding; serve the artefact itself, or export another scorer"
+            f"{detector.name}: the exported scores or maps are {worst:.2g} away from the artefact's, more than"
+            f" {TOLERANCE:g}; nothing is written: its scorer magnifies rounding; serve the artefact itself, or export"
+            " another scorer"
         )
     return worst
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from raydiff.config import ExperimentConfig, component_options
+from raydiff.contracts import Scores
 from raydiff.detector import DiffusionDetector
 from raydiff.errors import ArtifactError, ConfigError, RaydiffError
 from raydiff.exported import METADATA, TOLERANCE, ExportedDetector, load_exported
@@ -171,7 +172,27 @@ def test_a_graph_that_scores_otherwise_is_not_written(
 ) -> None:
     detector = trained_like(tiny_config.override(DIT))
     monkeypatch.setattr("raydiff.exporting.TOLERANCE", -1.0)
-    with pytest.raises(RaydiffError, match=r"the exported scores are .* away from the artefact's, more than -1;"):
+    with pytest.raises(
+        RaydiffError, match=r"the exported scores or maps are .* away from the artefact's, more than -1;"
+    ):
+        export(detector, tmp_path / "a.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_that_draws_other_maps_is_not_written(
+    tiny_config: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = trained_like(tiny_config.override(DIT))
+
+    class Other:
+        @staticmethod
+        def score(images: Tensor) -> Scores:
+            found = detector.score(images)
+            assert found.map is not None
+            return Scores(found.image, found.map + 1e-3 * found.map.amax())
+
+    monkeypatch.setattr("raydiff.exporting.load_exported", lambda _: Other)
+    with pytest.raises(RaydiffError, match=r"scores or maps are 0\.001 away"):
         export(detector, tmp_path / "a.pt2")
     assert not list(tmp_path.iterdir())
 
