@@ -6,7 +6,9 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from raydiff.augmentation import Augmentation
@@ -21,6 +23,9 @@ from raydiff.training import HeldOut
 from raydiff.weighting import Weights, read_weights
 
 __all__ = ["held_out_images", "image_ids", "labelled_batches", "split_batches", "training_images", "weights_of"]
+
+_Pixels = NDArray[np.uint8]
+"""Images (n, H, W, C)."""
 
 _MAX_VIEWED = 500
 """Training images and views of them that something is fitted on at once; more images than that are taken alone."""
@@ -97,13 +102,19 @@ def training_images(config: ExperimentConfig, shards: ShardSet, limit: int, *, w
 
     Of few images, where augmentation makes views: all views that training sees, or 16, 500 images or tiles at most.
     """
-    images = _tiles(config, shards, limit, without) if config.tiles.size else _whole(config, shards, limit, without)
-    return torch.cat(list(images))
+    found = _tiles(config, shards, limit, without) if config.tiles.size else _whole(config, shards, limit, without)
+    parts = list(found)  # a quarter of the tensor's size
+    height, width, channels = parts[0].shape[1:]
+    images, first = torch.empty(sum(map(len, parts)), channels, height, width), 0
+    for part in parts:
+        images[first : first + len(part)] = to_tensor(part)
+        first += len(part)
+    return images
 
 
-def _whole(config: ExperimentConfig, shards: ShardSet, limit: int, without: Collection[str]) -> Iterator[Tensor]:
+def _whole(config: ExperimentConfig, shards: ShardSet, limit: int, without: Collection[str]) -> Iterator[_Pixels]:
     kept = list(_up_to(limit, _without(without, labelled_batches(shards, "train", config))))
-    yield from (to_tensor(part.images) for part in kept)
+    yield from (part.images for part in kept)
     augmentation, count = Augmentation.of(config), sum(len(part.ids) for part in kept)
     if augmentation is None:
         return
@@ -113,11 +124,11 @@ def _whole(config: ExperimentConfig, shards: ShardSet, limit: int, without: Coll
             if left <= 0:
                 return
             rows = len(part.ids[:left])
-            yield to_tensor(augmentation.apply(part.images[:rows], part.ids[:rows], [number] * rows))
+            yield augmentation.apply(part.images[:rows], part.ids[:rows], [number] * rows)
             left -= rows
 
 
-def _tiles(config: ExperimentConfig, shards: ShardSet, limit: int, without: Collection[str]) -> Iterator[Tensor]:
+def _tiles(config: ExperimentConfig, shards: ShardSet, limit: int, without: Collection[str]) -> Iterator[_Pixels]:
     crops = Crops.of(config)
     assert crops is not None  # noqa: S101
     num_images = max(1, shards.count("train") - len(without))
@@ -128,7 +139,7 @@ def _tiles(config: ExperimentConfig, shards: ShardSet, limit: int, without: Coll
         for image, image_id in zip(part.images, part.ids, strict=True):
             places = crops.several(min(each, limit - count), "fit", image_id)
             for place in places:
-                yield to_tensor(crops.cut(image[None], [place]))
+                yield crops.cut(image[None], [place])
             count += len(places)
         if count >= limit:
             return
@@ -140,14 +151,14 @@ def _tiles(config: ExperimentConfig, shards: ShardSet, limit: int, without: Coll
 
 def _tiles_of_views(
     config: ExperimentConfig, crops: Crops, augmentation: Augmentation, parts: Sequence[LabelledImages]
-) -> Iterator[Tensor]:
+) -> Iterator[_Pixels]:
     """All tiles of the views that are not the images themselves, one at a time."""
     for number in range(1, config.augmentation.views or 16):
         for part in parts:
             for image, image_id in zip(part.images, part.ids, strict=True):
                 view = augmentation.apply(image[None], [image_id], [number])
                 for place in crops.several(len(crops.tiling), "fit", image_id, number):
-                    yield to_tensor(crops.cut(view, [place]))
+                    yield crops.cut(view, [place])
 
 
 def _without(ids: Collection[str], batches: Iterable[LabelledImages]) -> Iterator[LabelledImages]:

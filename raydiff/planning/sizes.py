@@ -18,8 +18,8 @@ __all__ = ["DeviceMemory", "HostMemory", "Network", "Storage", "device_memory", 
 _READ_AHEAD, _BUFFERED, _CHUNK_BYTES = 2, 4, 8 * 2**20
 """Those of :mod:`raydiff.distributed.data` (a test compares)."""
 
-_COPIES = 2
-"""Of the images of a fit, in float32: one while they are read, one joined."""
+_COPIES = 1.25
+"""Of the images of a fit, in float32: as they are read, in bytes, and joined."""
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def test_a_space_is_fitted_before_the_workers_hold_anything(round_profile: Profi
     before = host(round_profile, 2)
     assert before.fitting == 0
     few = host(replace(round_profile, space_fit_bytes=1000), 2, space=feature)
-    assert few.fitting == 1000 + 2 * 4 * 100 * 64
+    assert few.fitting == 1000 + 5 * 100 * 64
     assert few.total == before.total
     much = host(replace(round_profile, space_fit_bytes=10**12), 2, space=feature)
     assert much.total == pytest.approx(before.processes + before.ray + 10**12, rel=1e-6)
