@@ -8,6 +8,7 @@ from math import ceil
 
 from raydiff.planning.machines import GETS_PER_S
 from raydiff.planning.model import Plan, make_plan
+from raydiff.planning.profile import Line
 
 __all__ = ["advice"]
 
@@ -30,19 +31,17 @@ def _does_not_fit(plan: Plan) -> Iterator[str]:
     limit, need = plan.device_bytes, plan.device.total
     if limit is None or need <= limit:
         return
-    stays = need - plan.device.activations
-    training = plan.run.config.training
-    if stays < 0.95 * limit and plan.run.rows_at_once > 1:
-        passes = ceil(plan.device.activations * training.accumulation_steps / (0.95 * limit - stays))
-        yield (
-            f"DOES NOT FIT: a worker needs {need / 1e9:.1f} GB, the GPU has {limit / 1e9:.0f}; set"
-            f" training.accumulation_steps to {passes} or more"
-        )
+    told = f"DOES NOT FIT: a worker needs {need / 1e9:.1f} GB, the GPU has {limit / 1e9:.0f}"
+    room = 0.95 * limit - plan.device.stays
+    kept, training = Line.through(plan.profile.saved_bytes), plan.run.config.training
+    at_once = next((rows for rows in range(plan.run.rows_at_once, 0, -1) if kept.at(rows) <= room), 0)
+    if plan.device.temporary > room:  # AdamW's step alone, which no fewer images make smaller
+        yield f"{told}; take a smaller denoiser, or a GPU with more memory"
+    elif at_once and (passes := ceil(plan.run.rows / at_once)) * plan.run.workers <= training.batch_size:
+        yield f"{told}; set training.accumulation_steps to {passes} or more"
     else:
-        yield (
-            f"DOES NOT FIT: a worker needs {need / 1e9:.1f} GB, the GPU has {limit / 1e9:.0f}; take a smaller denoiser,"
-            " training.precision=bfloat16, or a GPU with more memory"
-        )
+        narrower = " training.precision=bfloat16," if training.precision == "float32" else ""
+        yield f"{told}; take a smaller denoiser,{narrower} or a GPU with more memory"
 
 
 def _compute(plan: Plan) -> Iterator[str]:
@@ -134,6 +133,11 @@ def _besides(plan: Plan) -> Iterator[str]:
         yield (
             f"calibration scores {plan.num_calibrated:,} images one after the other on one device, "
             f"{plan.time.calibration / plan.time.total:.0%} of the time: calibration.max_images takes the first so many"
+        )
+    if plan.host.calibrating > 0.5 * plan.host.total and plan.run.num_calibrated >= plan.run.num_suspected:
+        yield (
+            f"calibration holds the maps of {plan.run.num_calibrated:,} images, {plan.host.calibrating / 1e9:.1f} GB"
+            " where raydiff fit was started: calibration.max_images takes the first so many"
         )
     if plan.time.startup > 0.5 * plan.time.total:
         yield "more than half of the time is start-up: one worker, or raydiff.experiment.fit_locally, is as quick"

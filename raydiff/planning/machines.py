@@ -14,6 +14,7 @@ from raydiff.registry import nearest
 __all__ = [
     "BUCKET_BYTES",
     "CUDA_CONTEXT_BYTES",
+    "FORWARD_PASSES",
     "GETS_PER_S",
     "GPUS",
     "HOP_SECONDS",
@@ -83,6 +84,9 @@ small networks here fill a GPU less. ``--utilisation`` sets another, ``--profile
 PASSES = 5
 """How often each byte kept for the backward pass goes through memory: written and read on the way forward, read on the
 way back, and its gradient written and read. What is fused takes fewer, normalisations take more."""
+
+FORWARD_PASSES = 2
+"""Those of a forward pass alone."""
 
 LAUNCH_SECONDS = 8e-6
 """Host time per operation that PyTorch starts on a GPU, eager: 5 to 10 microseconds (PyTorch's documentation of CUDA

@@ -174,6 +174,7 @@ def _measured(
     detector, head_seconds = with_measured_head(detector, seen, sample.images.num_train)
     encode_seconds, encode_flops = _encoding(detector, pixels)
     score_rows = min(detector.images_per_call, len(pixels))
+    score_seconds, evidence_values = _scoring(detector, pixels[:score_rows])
     artifact = detector.files()
     found: Pair | None = None
     if pair and device == "cpu":
@@ -193,7 +194,7 @@ def _measured(
         space_fixed_seconds=max(0.0, fit.measured_seconds - fit.measured_images * encode_seconds),
         space_fit_bytes=fit.bytes,
         evaluations=detector.num_evaluations or 0,
-        score_seconds=_score_seconds(detector, pixels[:score_rows]), score_rows=score_rows,
+        score_seconds=score_seconds, score_rows=score_rows, evidence_values=evidence_values,
         checkpoint_bytes=clock.checkpoint[0], checkpoint_seconds=clock.checkpoint[1],
         artifact_bytes=sum(map(len, artifact.values())), process_bytes=resident, images=sample.images, pair=found,
         device_peak_bytes=peaks,
@@ -328,11 +329,14 @@ def _encoding(detector: DiffusionDetector, pixels: NDArray[np.uint8]) -> tuple[f
     )
 
 
-def _score_seconds(detector: DiffusionDetector, pixels: NDArray[np.uint8]) -> float:
-    """Seconds per image of the scorer's evidence: the space and all evaluations, not the threshold's arithmetic."""
+def _scoring(detector: DiffusionDetector, pixels: NDArray[np.uint8]) -> tuple[float, int]:
+    """Seconds per image of the scorer's evidence and how many numbers that is.
+
+    The seconds are those of the space and of all evaluations, not of the threshold's arithmetic.
+    """
     images = to_tensor(pixels)
-    detector.measure(images[:1])
-    return _median_seconds(lambda: detector.measure(images), detector.device) / len(images)
+    values = detector.measure(images[:1]).numel()
+    return _median_seconds(lambda: detector.measure(images), detector.device) / len(images), values
 
 
 def _median_seconds(call: Callable[[], object], device: str) -> float:

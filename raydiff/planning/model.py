@@ -81,8 +81,8 @@ class Plan:
 
     @property
     def num_calibrated(self) -> int:
-        """Images that the threshold is made of."""
-        return _num_calibrated(self.run)
+        """Images, or views of them, that are scored for the threshold; with suspects to find, training images too."""
+        return self.run.num_calibrated + self.run.num_suspected
 
     @property
     def shares(self) -> dict[str, float]:
@@ -140,7 +140,7 @@ def make_plan(profile: Profile, run: Run, target: Target) -> Plan:
         )
     a_step = step(profile, run, target)
     device = device_memory(profile, run, target)
-    score = score_seconds(profile, target)
+    score = score_seconds(profile, run, target)
     save = checkpoint_seconds(profile, target)
     time = _time(profile, run, target, a_step, score, save)
     return Plan(
@@ -172,7 +172,8 @@ def _time(profile: Profile, run: Run, target: Target, a_step: Step, score: float
     """The phases of ``raydiff fit``.
 
     Into memory: every worker decodes the whole training split, in one thread, and reads it from storage. Validation:
-    the forward share of a step per image, over W workers. Calibration: the driver scores the calibration split.
+    the forward share of a step per image and all of a student's teacher, over W workers. Calibration: the driver scores
+    the calibration split.
     """
     training = run.config.training
     images = 0.0
@@ -181,19 +182,19 @@ def _time(profile: Profile, run: Run, target: Target, a_step: Step, score: float
         if target.storage_bytes_per_s is not None:
             stored = run.num_train * run.stored_bytes(profile.images.file_bytes) * target.workers_per_node
             images = max(images, stored / target.storage_bytes_per_s)
-    forward = profile.forward_flops / max(1.0, sum(profile.flops.values()))
+    forward = (a_step.compute - a_step.teacher) * profile.forward_share + a_step.teacher
     validated = math.ceil(min(training.validation_images, run.num_calibration or run.num_train) / run.workers)
-    each = validated * a_step.compute / run.rows * forward
-    encoded = run.num_fit_images * profile.encode_seconds + profile.space_fixed_seconds
+    each = validated * forward / run.rows
+    fitted = profile.space_seconds or run.num_fit_images * profile.encode_seconds + profile.space_fixed_seconds
     return Time(
         startup=machines.STARTUP_SECONDS[1 if run.workers == 1 else 2],
         images=images,
-        space=(1 + _num_folds(run)) * (profile.space_seconds or encoded),
+        space=(1 + _num_folds(run)) * fitted if run.fits_space else 0.0,
         steps=_num_steps(run) * a_step.seconds,
         checkpoints=math.ceil(_num_steps(run) / training.checkpoint_every) * save,
         validation=math.ceil(_num_steps(run) / training.validate_every) * each,
         head=(1 + _num_folds(run)) * profile.head_seconds,
-        calibration=_num_calibrated(run) * score,
+        calibration=(run.num_calibrated + run.num_suspected) * score,
     )
 
 
@@ -207,15 +208,6 @@ def _num_steps(run: Run) -> int:
     """Of the run's network and of those that each leave a fold of the images out."""
     config = run.config
     return config.training.num_steps + _num_folds(run) * (config.cross_fitting.num_steps or config.training.num_steps)
-
-
-def _num_calibrated(run: Run) -> int:
-    """Images, or views of them, that are scored for the threshold; with suspects to find, training images too."""
-    config, count = run.config, run.num_calibration
-    if not config.data.calibration_fraction:
-        count = run.num_train * (config.cross_fitting.views if config.augmentation.changes else 1)
-    scored = min(count, config.calibration.max_images or count)
-    return scored + (run.num_train if config.contamination.max_share else 0)
 
 
 def _replicas(target: Target, score: float) -> int | None:
@@ -259,7 +251,14 @@ def _assumptions(profile: Profile, run: Run, target: Target) -> Iterator[str]:
     if profile.costly_space and run.config.data.grids is not None:
         size = run.num_train * run.keys * profile.latent_values * (2 if run.config.data.grids_dtype == "float16" else 4)
         yield f"grids (data.grids) take {size / 2**30:.2f} GB more in storage; reading them takes no time"
-    if profile.space_seconds:
+    if run.lessons:
+        yield (
+            f"the student's teacher makes {run.lessons} evaluations of every image of a step, in float32: not measured,"
+            f" {'but counted' if target.gpu is not None else 'each taken for the forward share of a step'}"
+        )
+    if not profile.evidence_values:
+        yield "calibration takes no memory: the profile is from before that was measured (--measure writes another)"
+    if profile.space_seconds and run.fits_space:
         yield "the space is trained by the process that starts raydiff fit, in the time it would take here" + (
             ", or found in data.spaces in no time" if run.config.data.spaces is not None else ""
         )

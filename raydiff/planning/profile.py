@@ -93,6 +93,7 @@ class Profile:
             them, for as many as it asks for.
         head_seconds: of the whole training of a scorer's own network, from some of its steps and examples; 0 without.
         evaluations: network evaluations per score; ``score_seconds`` per image, in batches of ``score_rows``.
+        evidence_values: numbers that calibration holds of an image, those of its maps; 0 where that was not measured.
         checkpoint_bytes, checkpoint_seconds: written to a local temporary folder, with hashes and fsync.
         artifact_bytes: of the saved detector, calibration scores aside.
         process_bytes: resident memory of a process that has imported everything and holds no network.
@@ -135,6 +136,12 @@ class Profile:
     space_fixed_seconds: float = 0.0
     space_fit_bytes: int = 0
     head_seconds: float = 0.0
+    evidence_values: int = 0
+
+    @property
+    def forward_share(self) -> float:
+        """Of a step's FLOPs, those of the forward pass."""
+        return self.forward_flops / max(1.0, sum(self.flops.values()))
 
     @property
     def on_gpu(self) -> bool:

@@ -21,6 +21,10 @@ _READ_AHEAD, _BUFFERED, _CHUNK_BYTES = 2, 4, 8 * 2**20
 _COPIES = 1.25
 """Of the images of a fit, in float32: as they are read, in bytes, and joined."""
 
+_EVIDENCE_BYTES = 24
+"""Per number of evidence: float32 as measured, joined, without suspects and without a fold, and float64 of that.
+Measured with no image suspect: 19, where a density is fitted 24."""
+
 
 @dataclass(frozen=True)
 class DeviceMemory:
@@ -28,7 +32,7 @@ class DeviceMemory:
 
     ``buckets`` are DistributedDataParallel's copies of the gradients, ``space`` a frozen network's weights,
     ``activations`` what autograd keeps of a forward pass, ``temporary`` what AdamW makes on a GPU for its step (when
-    activations are gone), ``context`` CUDA's own. ``total`` is the peak.
+    activations are gone), ``context`` CUDA's own, ``teacher`` a student's. ``total`` is the peak.
     """
 
     weights: float
@@ -40,19 +44,26 @@ class DeviceMemory:
     activations: float
     temporary: float
     context: float
+    teacher: float = 0.0
+
+    @property
+    def stays(self) -> float:
+        """Whatever a step is doing."""
+        network = self.weights + self.gradients + self.buckets + self.optimiser + self.average
+        return network + self.space + self.teacher + self.context
 
     @property
     def total(self) -> float:
         """All that stays, and the larger of what comes in turns."""
-        stays = self.weights + self.gradients + self.buckets + self.optimiser + self.average + self.space
-        return stays + self.context + max(self.activations, self.temporary)
+        return self.stays + max(self.activations, self.temporary)
 
 
 @dataclass(frozen=True)
 class HostMemory:
     """Bytes of the fullest node: ``processes`` before they hold anything, ``ray`` of Ray's own, ``images`` in memory
     or windows being read, ``latents`` that are remembered, ``networks`` of workers on CPUs, ``object_store``;
-    ``fitting`` what the driver takes for a space's fit, before the workers hold anything. ``total`` is the peak.
+    ``fitting`` what the driver takes for a space's fit, before the workers hold anything, ``calibrating`` for the
+    threshold, when they hold nothing any more, both on the driver's node. ``total`` is the peak.
     """
 
     processes: float
@@ -62,12 +73,13 @@ class HostMemory:
     networks: float
     object_store: float
     fitting: float = 0.0
+    calibrating: float = 0.0
 
     @property
     def total(self) -> float:
-        """All that stays, and the larger of what comes in turns."""
+        """All that stays, and the largest of what comes in turns."""
         training = self.images + self.latents + self.networks + self.object_store
-        return self.processes + self.ray + max(training, self.fitting)
+        return self.processes + self.ray + max(training, self.fitting, self.calibrating)
 
 
 @dataclass(frozen=True)
@@ -109,7 +121,8 @@ def device_memory(profile: Profile, run: Run, target: Target) -> DeviceMemory:
     """4 P bytes each of weights, gradients and average, 8 P of AdamW's moments, 4 P of buckets with more workers.
 
     Activations are the line through what autograd kept of two batch sizes, at the images of one pass. AdamW's
-    multi-tensor form, PyTorch's default on GPUs, makes about another 4 P bytes.
+    multi-tensor form, PyTorch's default on GPUs, makes about another 4 P bytes. A student's teacher is 4 P more; its
+    space, which nobody asks, stays where it was read.
     """
     weights = 4.0 * profile.num_parameters
     on_gpu = bool(target.gpus)
@@ -123,6 +136,7 @@ def device_memory(profile: Profile, run: Run, target: Target) -> DeviceMemory:
         activations=Line.through(profile.saved_bytes).at(run.rows_at_once),
         temporary=weights if on_gpu else 0.0,
         context=CUDA_CONTEXT_BYTES if on_gpu else 0.0,
+        teacher=weights + (0 if on_gpu else profile.space_bytes) if run.lessons else 0.0,
     )
 
 
@@ -131,7 +145,8 @@ def host_memory(profile: Profile, run: Run, target: Target, device: DeviceMemory
 
     In memory: N H W C bytes per worker. Streamed: two windows of a worker's share, encoded, in the tasks that read,
     with the row groups that they come from; in the object store per worker four encoded chunks of each window and a
-    decoded one, at most 8 MiB, per decoding task and two more.
+    decoded one, at most 8 MiB, per decoding task and two more. Calibrating: the evidence of all images that are scored
+    together, in the forms that statistics are made from.
     """
     workers = target.workers_per_node
     stored = run.stored_bytes(profile.images.file_bytes)
@@ -153,7 +168,9 @@ def host_memory(profile: Profile, run: Run, target: Target, device: DeviceMemory
         latents=workers * latents,
         networks=0.0 if target.gpus else workers * device.total,
         object_store=store,
-        fitting=profile.space_fit_bytes + _COPIES * 4.0 * run.num_fit_images * run.image_bytes,
+        fitting=(profile.space_fit_bytes if run.fits_space else 0)
+        + _COPIES * 4.0 * run.num_fit_images * run.image_bytes,
+        calibrating=_EVIDENCE_BYTES * float(profile.evidence_values) * max(run.num_calibrated, run.num_suspected),
     )
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from raydiff.planning.machines import BUCKET_BYTES, HOP_SECONDS, LAUNCH_SECONDS, PASSES, Gpu
+from raydiff.planning.machines import BUCKET_BYTES, FORWARD_PASSES, HOP_SECONDS, LAUNCH_SECONDS, PASSES, Gpu
 from raydiff.planning.profile import Line, Profile
 from raydiff.planning.target import Run, Target
 
@@ -30,8 +31,9 @@ _GROUP_ROWS, _GROUP_BYTES = 64, 4 * 2**20
 class Step:
     """Seconds of one optimiser step, and what they are made of.
 
-    ``compute`` is the network's; on a GPU ``arithmetic`` + ``memory``, or ``launch`` if starting the kernels takes
-    longer. ``slowdown`` is by how much workers that share cores, caches and memory slow each other (in ``compute``).
+    ``compute`` is the network's, with a student's ``teacher``; on a GPU ``arithmetic`` + ``memory``, or ``launch`` if
+    starting the kernels takes longer. ``slowdown`` is by how much workers that share cores, caches and memory slow each
+    other (in ``compute``).
     ``encode`` is a costly space's share, averaged over the run. ``all_reduce`` is what summing the gradients takes, of
     which ``exposed`` does not hide behind the backward pass. ``decode`` and ``read`` go on beside the training: they
     count where they take longer. ``seconds`` is max(compute + encode + exposed, decode, read); where decoding takes
@@ -49,6 +51,7 @@ class Step:
     arithmetic: float = 0.0
     memory: float = 0.0
     launch: float = 0.0
+    teacher: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -69,27 +72,33 @@ class Step:
 def step(profile: Profile, run: Run, target: Target) -> Step:
     """A step of the run on the target."""
     slowdown = _slowdown(profile, target)
-    parts = _gpu_parts(profile, run, target) if target.gpu is not None else (0.0, 0.0, 0.0)
-    arithmetic, memory, launch = parts
-    measured = _measured_seconds(profile, run) * slowdown
-    compute = measured if target.gpu is None else max(arithmetic + memory, launch)
+    if target.gpu is None:
+        parts = _Parts()
+        own = _measured_seconds(profile, run) * slowdown
+        compute = own * (1 + run.lessons * profile.forward_share)
+    else:
+        passes = _gpu_parts(profile, run, target)
+        parts = passes.beside(_teacher_parts(profile, run, target))
+        own, compute = passes.seconds, parts.seconds
     encode = encodings(profile, run) / run.config.training.num_steps * _encode_seconds(profile, run, target, slowdown)
     summed = _all_reduce(profile, target, slowdown)
-    exposed = _exposed(summed, compute, profile, target)
+    exposed = _exposed(summed, own, profile, target)
     decode, cores = _decode(profile, run, target, (compute + encode) / slowdown)
-    return Step(compute, slowdown, encode, summed, exposed, decode, _read(profile, run, target), cores, *parts)
+    read = _read(profile, run, target)
+    return Step(compute, slowdown, encode, summed, exposed, decode, read, cores, *parts, teacher=compute - own)
 
 
-def score_seconds(profile: Profile, target: Target) -> float:
+def score_seconds(profile: Profile, run: Run, target: Target) -> float:
     """Scoring one image in a full batch on one worker's device: as measured, or from its FLOPs on a GPU of the table.
 
-    There the network is called ``evaluations`` times with 16 rows, in float32 without TF32 (raydiff.core.diffusion):
-    arithmetic at the assumed utilisation, or the starts of its kernels if they take longer.
+    There the network is called ``evaluations`` times (those of all tiles) with 16 rows, and the space encodes each
+    tile, in float32 without TF32 (raydiff.core.diffusion): arithmetic at the assumed utilisation, or the starts of its
+    kernels if they take longer.
     """
     if target.gpu is None:
         return profile.score_seconds
     rows = 16
-    flops = profile.evaluations * profile.forward_flops + profile.encode_flops
+    flops = profile.evaluations * profile.forward_flops + run.num_tiles * profile.encode_flops
     launch = profile.evaluations * profile.forward_operations * LAUNCH_SECONDS / rows
     return max(flops / (target.gpu.float32 * target.utilisation), launch)
 
@@ -153,8 +162,25 @@ def _slowdown(profile: Profile, target: Target) -> float:
     return shared * max(1.0, profile.pair.slowdown / expected)
 
 
-def _gpu_parts(profile: Profile, run: Run, target: Target) -> tuple[float, float, float]:
-    """Arithmetic, memory traffic and kernel starts of a step on a GPU of the table, seconds.
+class _Parts(NamedTuple):
+    """Seconds of arithmetic, memory traffic and kernel starts on a GPU of the table."""
+
+    arithmetic: float = 0.0
+    memory: float = 0.0
+    launch: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Kernels are started while others run."""
+        return max(self.arithmetic + self.memory, self.launch)
+
+    def beside(self, other: _Parts) -> _Parts:
+        """Both, one after the other."""
+        return _Parts(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def _gpu_parts(profile: Profile, run: Run, target: Target) -> _Parts:
+    """A step's own passes on a GPU of the table.
 
     Arithmetic: FLOPs over peak x utilisation. With bfloat16 both kinds at the tensor cores' rate; in float32
     convolutions are TF32 (cuDNN's default in PyTorch), products are not. Memory: the bytes kept for the backward pass
@@ -165,10 +191,24 @@ def _gpu_parts(profile: Profile, run: Run, target: Target) -> tuple[float, float
     assert gpu is not None  # noqa: S101
     rates = _rates(gpu, training.precision == "bfloat16")
     arithmetic = run.rows * sum(flops / (rates[kind] * target.utilisation) for kind, flops in profile.flops.items())
-    kept = Line.through(profile.saved_bytes).at(run.rows_at_once) * training.accumulation_steps
-    traffic = PASSES * kept + _OPTIMISER_PASSES * 4 * profile.num_parameters
+    traffic = PASSES * _kept(profile, run) + _OPTIMISER_PASSES * 4 * profile.num_parameters
     starts = Line.through(profile.operations).at(run.rows_at_once) * training.accumulation_steps + 2 * run.rows
-    return arithmetic, traffic / gpu.memory_bytes_per_s, starts * LAUNCH_SECONDS
+    return _Parts(arithmetic, traffic / gpu.memory_bytes_per_s, starts * LAUNCH_SECONDS)
+
+
+def _teacher_parts(profile: Profile, run: Run, target: Target) -> _Parts:
+    """A student's teacher on a GPU of the table: that many forward passes of every row, in float32 without TF32."""
+    gpu = target.gpu
+    assert gpu is not None  # noqa: S101
+    arithmetic = run.rows * run.lessons * profile.forward_flops / (gpu.float32 * target.utilisation)
+    traffic = run.lessons * FORWARD_PASSES * _kept(profile, run)
+    starts = run.lessons * profile.forward_operations * run.config.training.accumulation_steps
+    return _Parts(arithmetic, traffic / gpu.memory_bytes_per_s, starts * LAUNCH_SECONDS)
+
+
+def _kept(profile: Profile, run: Run) -> float:
+    """Bytes that the passes of a step make and the backward ones need."""
+    return Line.through(profile.saved_bytes).at(run.rows_at_once) * run.config.training.accumulation_steps
 
 
 def _rates(gpu: Gpu, bfloat16: bool) -> dict[str, float]:
@@ -210,16 +250,17 @@ def _all_reduce(profile: Profile, target: Target, slowdown: float) -> float:
     return max(local, between)
 
 
-def _exposed(summed: float, compute: float, profile: Profile, target: Target) -> float:
+def _exposed(summed: float, own: float, profile: Profile, target: Target) -> float:
     """What of the sum is waited for.
 
     DistributedDataParallel sends each bucket of 25 MiB while the backward pass goes on; the last one waits for its end
     (Li et al. 2020, arXiv:2006.15704). On CPUs the cores that would send are those that compute: all of it counts.
+    ``own`` is what the network's own passes take, a student's teacher aside.
     """
     if not target.gpus:
         return summed
     last = min(1.0, BUCKET_BYTES / (4 * profile.num_parameters))
-    return max(summed - _BACKWARD * compute, last * summed)
+    return max(summed - _BACKWARD * own, last * summed)
 
 
 def _decode(profile: Profile, run: Run, target: Target, busy: float) -> tuple[float, float]:

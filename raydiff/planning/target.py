@@ -107,10 +107,41 @@ class Run:
         return self.config.training.num_steps * self.config.training.batch_size / self.num_train
 
     @property
+    def lessons(self) -> int:
+        """Evaluations that a student's teacher makes of each image of a step; 0 for a run that is no student's."""
+        return 0 if self.config.distillation is None else self.config.distillation.num_evaluations
+
+    @property
+    def fits_space(self) -> bool:
+        """Whether a space that learns is to learn: a student has its teacher's."""
+        return self.config.distillation is None
+
+    @property
     def num_fit_images(self) -> int:
         """Training images that a space which learns is fitted on."""
+        if not self.fits_space:
+            return 0
         space = self.config.space
         return min(self.num_train, getattr(space, "images_to_fit", getattr(space, "num_fit_images", 0)))
+
+    @property
+    def num_calibrated(self) -> int:
+        """Images, or views of them, that the threshold is made of; the limit is of images, with all their views."""
+        config, count, views = self.config, self.num_calibration, 1
+        if not config.data.calibration_fraction:
+            count, views = self.num_train, config.cross_fitting.views if config.augmentation.changes else 1
+        return views * min(count, config.calibration.max_images or count)
+
+    @property
+    def num_suspected(self) -> int:
+        """Training images that are scored to find anomalies among them."""
+        return self.num_train if self.config.contamination.max_share else 0
+
+    @property
+    def num_tiles(self) -> int:
+        """Parts in which the network sees an image that is scored."""
+        crops = Crops.of(self.config)
+        return 1 if crops is None else len(crops.tiling)
 
     @property
     def image_bytes(self) -> int:

@@ -89,6 +89,7 @@ def _speed(plan: Plan) -> Iterator[str]:
     if plan.target.gpu is not None:
         made_of += f" (arithmetic {step.arithmetic * 1000:.3g}, memory {step.memory * 1000:.3g},"
         made_of += f" starts {step.launch * 1000:.3g})"
+    made_of += f", of it the teacher {step.teacher * 1000:.3g}" if step.teacher else ""
     made_of += f", frozen network {step.encode * 1000:.3g}" if step.encode else ""
     yield f"{_INDENT}{made_of}, waiting for gradients {step.exposed * 1000:.3g} of {step.all_reduce * 1000:.3g} ms"
     if not plan.run.cached:
@@ -116,13 +117,14 @@ def _memory(plan: Plan) -> Iterator[str]:
     parts = {
         "weights": device.weights, "gradients": device.gradients, "buckets": device.buckets, "AdamW": device.optimiser,
         "average": device.average, "frozen network": device.space, "activations": device.activations,
-        "temporary": device.temporary, "CUDA": device.context,
+        "temporary": device.temporary, "CUDA": device.context, "teacher": device.teacher,
     }  # fmt: skip
     yield f"{_INDENT}{_told(parts)}"
     yield f"Host memory    {size(host.total)} per node:"
     parts = {
         "processes": host.processes, "Ray": host.ray, "images": host.images, "features": host.latents,
         "networks": host.networks, "object store": host.object_store, "fitting the space before": host.fitting,
+        "calibrating after": host.calibrating,
     }  # fmt: skip
     yield f"{_INDENT}{_told(parts)}"
 

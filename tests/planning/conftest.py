@@ -23,8 +23,12 @@ def round_profile() -> Profile:
         evaluations=8, score_seconds=0.004, score_rows=16, checkpoint_bytes=16_000_000, checkpoint_seconds=0.1,
         artifact_bytes=4_000_000, process_bytes=500_000_000,
         images=Images("a data set", 32, 100_000.0, 0.002, 60_000, 20_000, 100_000),
-        pair=Pair(1.2, {65_536: 0.001065536, 4_194_304: 0.005194304}), seconds=60.0,
+        evidence_values=8 * 64, pair=Pair(1.2, {65_536: 0.001065536, 4_194_304: 0.005194304}), seconds=60.0,
     )  # fmt: skip
+
+
+STUDENT = {"distillation": {"teacher": "0" * 64, "num_evaluations": 6}}
+"""What ``raydiff distill`` writes into a config."""
 
 
 @pytest.fixture

@@ -37,6 +37,7 @@ def test_every_figure_is_there(measured: Profile) -> None:
             assert getattr(measured, field.name), field.name
     assert max(measured.step_seconds) <= 16  # fewer where the machine is busy
     assert measured.evaluations == 8
+    assert measured.evidence_values == 8 * 8 * 8  # a map of the image for each
 
 
 def test_a_checkpoint_is_as_large_as_one_of_a_run(measured: Profile, run_dir: Path) -> None:

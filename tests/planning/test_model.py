@@ -12,7 +12,7 @@ from raydiff.planning.model import Plan, make_plan
 from raydiff.planning.profile import Profile
 from raydiff.planning.target import Run
 from raydiff.planning.words import duration, plan_words, profile_words, size
-from tests.planning.conftest import run_on, target, with_images
+from tests.planning.conftest import STUDENT, run_on, target, with_images
 
 
 def planned(profile: Profile, workers: int = 1, fields: dict[str, Any] | None = None, **options: Any) -> Plan:
@@ -69,7 +69,23 @@ def test_what_does_not_fit_is_told_with_a_remedy_that_fits(round_profile: Profil
     assert fits.device.total < 16e9
     assert "DOES NOT FIT" not in plan_words(fits)
     huge = planned(replace(round_profile, num_parameters=10**9), gpus=1, gpu_type="t4")
-    assert "smaller denoiser" in advice(huge)[0]
+    assert "smaller denoiser, or" in advice(huge)[0]
+
+
+def test_fewer_images_at_once_are_no_remedy_where_they_do_not_help(round_profile: Profile) -> None:
+    """13.2 GB of weights and their like, and 2.6 GB more while AdamW steps, beside CUDA's 0.6: more than 16."""
+    weighty = replace(round_profile, num_parameters=660_000_000, saved_bytes={2: 40_000_000, 3: 60_000_000})
+    plan = planned(weighty, gpus=1, gpu_type="t4")
+    assert plan.device.total > 16e9
+    assert "accumulation_steps" not in advice(plan)[0]
+    assert "DOES NOT FIT" in advice(plan)[0]
+    wide = replace(round_profile, saved_bytes={2: 40 * 10**9, 3: 60 * 10**9})  # one image is too many
+    assert "training.precision=bfloat16" in advice(planned(wide, gpus=1, gpu_type="t4"))[0]
+    narrow = planned(wide, fields={"training__precision": "bfloat16"}, gpus=1, gpu_type="t4")
+    assert "smaller denoiser, or a GPU" in advice(narrow)[0]
+    uneven = replace(round_profile, saved_bytes={2: 22 * 10**9, 3: 33 * 10**9})  # 11 GB an image, 3 and 2 of 5
+    odd = planned(uneven, 2, {"training__batch_size": 5}, gpus=2, gpu_type="t4")
+    assert "accumulation_steps" not in advice(odd)[0]  # 3 of them for each of two workers are more than the batch has
 
 
 def test_windows_too_small_for_many_workers_are_told(round_profile: Profile) -> None:
@@ -86,6 +102,48 @@ def test_a_long_calibration_is_told(round_profile: Profile) -> None:
     fewer = planned(round_profile, fields=fields | {"calibration__max_images": 100})
     assert fewer.time.calibration == pytest.approx(0.4)
     assert not any("calibration.max_images" in sentence for sentence in advice(fewer))
+
+
+def test_a_calibration_that_holds_much_is_told(round_profile: Profile) -> None:
+    large = replace(round_profile, evidence_values=8 * 256 * 256)
+    assert any("20,000 images, 251.7 GB where" in sentence for sentence in advice(planned(large)))
+    fewer = planned(large, fields={"calibration__max_images": 100})
+    assert not any("holds the maps" in sentence for sentence in advice(fewer))
+
+
+@pytest.mark.parametrize(("limit", "scored"), [(50, 50 * 8), (None, 200 * 8)])
+def test_views_are_scored_of_as_many_images_as_the_limit_says(
+    round_profile: Profile, limit: int | None, scored: int
+) -> None:
+    fields = {
+        "data__calibration_fraction": 0, "augmentation__rotation": 5.0, "cross_fitting__views": 8,
+        "calibration__max_images": limit,
+    }  # fmt: skip
+    few = with_images(round_profile, num_train=200, num_calibration=0, num_all=260)
+    plan = planned(few, fields=fields)
+    assert plan.num_calibrated == scored
+    assert plan.time.calibration == pytest.approx(scored * 0.004)
+    assert plan.host.calibrating == 24 * scored * 8 * 64
+
+
+def test_a_student_is_planned_with_its_teacher(round_profile: Profile) -> None:
+    """Each step and the validation; its space is learnt already."""
+    profile = replace(round_profile, space_seconds=1000.0)
+    alone, taught = (planned(profile, fields=fields) for fields in ({}, STUDENT))
+    assert taught.time.steps == pytest.approx(3 * alone.time.steps)
+    assert taught.time.validation == pytest.approx(7 * alone.time.validation)
+    assert (alone.time.space, taught.time.space) == (1000.0, 0.0)
+    assert taught.device.teacher == 4e6
+    words = " ".join(plan_words(taught).split())
+    assert "of it the teacher 148, " in words
+    assert "teacher makes 6 evaluations of every image" in words
+    assert "teacher" not in plan_words(alone)
+    assert "space is trained" not in words
+
+
+def test_a_profile_without_the_size_of_evidence_is_told(round_profile: Profile) -> None:
+    assert "calibration takes no memory" in plan_words(planned(replace(round_profile, evidence_values=0)))
+    assert "calibration takes no memory" not in plan_words(planned(round_profile))
 
 
 def test_the_parts_of_the_time_add_up_and_cost_follows(round_profile: Profile) -> None:

@@ -14,7 +14,7 @@ from raydiff.planning.measuring import measure_graph
 from raydiff.planning.profile import Line, Profile
 from raydiff.planning.sizes import DeviceMemory, HostMemory, Network, device_memory, host_memory, network, storage
 from raydiff.planning.speed import step
-from tests.planning.conftest import run_on, target, with_images
+from tests.planning.conftest import STUDENT, run_on, target, with_images
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "unet": {"denoiser.name": "unet", "denoiser.block_out_channels": [8, 16]},
@@ -46,6 +46,16 @@ def test_more_workers_keep_buckets_and_gpus_more(round_profile: Profile) -> None
     assert device(round_profile, 2).buckets == 4e6
     on_gpu = device(round_profile, gpus=1, gpu_type="t4")
     assert (on_gpu.temporary, on_gpu.context) == (4e6, 0.6e9)
+
+
+def test_a_student_has_its_teacher_beside_it(round_profile: Profile) -> None:
+    """On a CPU with the space that it was loaded with; on a GPU that space stays where it is."""
+    profile = replace(round_profile, space_bytes=1000)
+    for options, more in (({}, 4e6 + 1000), ({"gpus": 1, "gpu_type": "t4"}, 4e6)):
+        goal = target(profile, **options)
+        alone, taught = (device_memory(profile, run_on(profile, 1, **fields), goal) for fields in ({}, STUDENT))
+        assert taught.total == alone.total + more
+        assert taught.teacher == more
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -99,6 +109,24 @@ def test_a_space_is_fitted_before_the_workers_hold_anything(round_profile: Profi
     assert few.total == before.total
     much = host(replace(round_profile, space_fit_bytes=10**12), 2, space=feature)
     assert much.total == pytest.approx(before.processes + before.ray + 10**12, rel=1e-6)
+
+
+def test_a_student_fits_no_space(round_profile: Profile) -> None:
+    feature = {"name": "feature", "num_fit_images": 100}
+    assert host(replace(round_profile, space_fit_bytes=10**12), 1, space=feature, **STUDENT).fitting == 0
+
+
+def test_calibration_holds_the_evidence_of_all_that_it_scores(round_profile: Profile) -> None:
+    """As float32 twice, without a fold once more, and that in float64; when the workers hold nothing any more."""
+    found = host(round_profile, 2)
+    assert found.calibrating == 24 * 20_000 * 8 * 64
+    assert found.total == found.processes + found.ray + found.calibrating
+    limited = host(round_profile, 2, calibration__max_images=100)
+    assert limited.calibrating == 24 * 100 * 8 * 64
+    training = limited.images + limited.latents + limited.networks + limited.object_store
+    assert limited.total == limited.processes + limited.ray + training
+    suspicious = {"contamination__max_share": 0.1, "calibration__max_images": 100}
+    assert host(round_profile, 2, **suspicious).calibrating == 24 * 60_000 * 8 * 64
 
 
 def test_streaming_is_bounded_whatever_the_number_of_images(round_profile: Profile) -> None:

@@ -12,7 +12,7 @@ from raydiff.planning.speed import encodings, reading_share, row_group_rows, sco
 from raydiff.planning.target import Run
 from raydiff.shards import TrainingOrder, layout
 from raydiff.shards.order import Share
-from tests.planning.conftest import run_on, target, with_images
+from tests.planning.conftest import STUDENT, run_on, target, with_images
 
 
 def a_step(profile: Profile, workers: int = 1, fields: dict[str, Any] | None = None, **options: Any) -> Any:
@@ -136,8 +136,38 @@ def test_kept_grids_are_encoded_once_by_all_workers(round_profile: Profile) -> N
 
 def test_scores_on_a_gpu_follow_from_operations(round_profile: Profile) -> None:
     gpu = target(round_profile, gpus=1, gpu_type="a100-80gb", utilisation=0.5)
-    assert score_seconds(round_profile, gpu) == pytest.approx(max(8e9 / 9.75e12, 8 * 150 * 8e-6 / 16))
-    assert score_seconds(round_profile, target(round_profile)) == 0.004
+    run = run_on(round_profile, 1)
+    assert score_seconds(round_profile, run, gpu) == pytest.approx(max(8e9 / 9.75e12, 8 * 150 * 8e-6 / 16))
+    assert score_seconds(round_profile, run, target(round_profile)) == 0.004
+
+
+def test_scores_on_a_gpu_encode_every_tile(round_profile: Profile) -> None:
+    """16 tiles, one evaluation each: all of them are encoded."""
+    costly = replace(round_profile, evaluations=16, forward_flops=1e9, encode_flops=1e11, costly_space=True)
+    gpu = target(costly, gpus=1, gpu_type="a100-80gb", utilisation=0.5)
+    run = run_on(costly, 1, data__image_size=[32, 32], tiles={"size": [8, 8], "overlap": 0.0})
+    assert score_seconds(costly, run, gpu) == pytest.approx(16 * (1e9 + 1e11) / 9.75e12)
+    assert score_seconds(costly, run_on(costly, 1), gpu) == pytest.approx((16 * 1e9 + 1e11) / 9.75e12)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_students_step_takes_its_teachers_evaluations(round_profile: Profile, workers: int) -> None:
+    """A forward pass is a third of a step, and there are six more."""
+    alone, taught = (a_step(round_profile, workers, fields) for fields in ({}, STUDENT))
+    assert taught.compute == pytest.approx(alone.compute * (1 + 6 / 3))
+    assert taught.teacher == pytest.approx(2 * alone.compute)
+    assert alone.teacher == 0
+
+
+def test_a_teacher_on_a_gpu_is_in_float32_and_hides_no_gradients(round_profile: Profile) -> None:
+    gpu = {"gpus": 1, "gpu_type": "a100-80gb", "utilisation": 0.5, "nodes": 2, "network_gbit": 0.1}
+    fields = {"training__batch_size": 2000, "training__precision": "bfloat16"}
+    alone, taught = (a_step(round_profile, 2, fields | more, **gpu) for more in ({}, STUDENT))
+    assert taught.arithmetic - alone.arithmetic == pytest.approx(1000 * 6 * 1e9 / 19.5e12 / 0.5)
+    assert taught.memory - alone.memory == pytest.approx(6 * 2 * (1000 * 1e6 + 0.1e6) / 2.039e12)
+    assert taught.launch - alone.launch == pytest.approx(6 * 150 * 8e-6)
+    assert taught.teacher == pytest.approx(taught.compute - alone.compute)
+    assert taught.exposed == alone.exposed
 
 
 def test_uneven_shares_count_the_largest(round_profile: Profile) -> None:
