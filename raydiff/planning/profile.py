@@ -168,6 +168,8 @@ def workload(config: ExperimentConfig) -> dict[str, Any]:
     dumped = config.to_dict()
     kept = {name: dumped[name] for name in ("space", "denoiser", "scoring", "objective")}
     kept["data"] = {name: dumped["data"][name] for name in ("image_size", "channels", "resize")}
+    if config.tiles.size is not None:
+        kept["tiles"] = dumped["tiles"]
     if config.data.align != "none":
         kept["data"] |= {"align": config.data.align, "aligned_width": config.data.aligned_width}
     kept["training"] = {name: dumped["training"][name] for name in ("precision", "compile", "channels_last")}
