@@ -154,8 +154,8 @@ class Detector(ABC):
         With ``config.calibration.max_images`` only the first so many are looked at. What :meth:`observe` gives of them
         is held in memory.
         """
-        observed = [self.observe(batch) for batch in self._calibration_batches(images)]
-        return self.calibrate_observed(torch.cat(observed), data_digest=data_digest)
+        observed = torch.cat([self.observe(batch) for batch in self._calibration_batches(images)])  # the parts are gone
+        return self.calibrate_observed(observed, data_digest=data_digest)
 
     def observe(self, images: Tensor) -> Tensor:  # noqa: ARG002
         """What calibration needs of images, (B, ...): all that costs time. Row i depends on ``images[i]`` alone."""
