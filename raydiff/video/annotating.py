@@ -5,9 +5,11 @@ It is written as frames are scored, in fragments, so that what is there plays af
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,9 @@ from raydiff.heatmap import enlarge, overlay
 from raydiff.video.frames import av_library
 from raydiff.video.scoring import ScoredFrame
 
+if TYPE_CHECKING:
+    from io import FileIO
+
 __all__ = ["Annotator"]
 
 _TICKS = 10_000
@@ -27,12 +32,37 @@ _STRIP, _BORDER = 22, 4
 _ALARM = (213, 94, 0)
 
 
+class _File:
+    """For PyAV, made with the first bytes; ``error`` is why some could not be written, which FFmpeg may not tell."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: FileIO | None = None
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        left = memoryview(data)
+        try:
+            self._file = self._file or self._path.open("wb", buffering=0)
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            self.error = error
+            raise
+        return len(data)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
 class Annotator:
     """Writes an MP4 at the detector's image size, enlarged to 256 pixels, with a line of text below."""
 
     def __init__(self, path: Path, interval: float, mask_threshold: float | None) -> None:
         self._path, self._interval, self._mask_threshold = path, interval, mask_threshold
         self._av = av_library()
+        self._file = _File(path)
         self._container: Any = None
         self._stream: Any = None
         self._ticks = -1
@@ -44,33 +74,55 @@ class Annotator:
             StorageError: it cannot be written.
         """
         picture = self._drawn(scored)
-        try:
+        with self._named():
             if self._container is None:
                 self._open(picture)
             frame = self._av.VideoFrame.from_ndarray(picture, format="rgb24")
             self._ticks = max(self._ticks + 1, round(scored.frame.time * _TICKS))
             frame.pts, frame.time_base = self._ticks, Fraction(1, _TICKS)
             self._container.mux(self._stream.encode(frame))
-        except (OSError, self._av.FFmpegError) as error:
-            raise StorageError(f"{self._path}: cannot be written ({error}); choose another --out") from error
 
     def close(self) -> None:
-        """Write what the encoder still holds."""
-        if self._container is not None:
-            self._container.mux(self._stream.encode())
-            self._container.close()
-            self._container = None
+        """Write what the encoder still holds.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        container, self._container = self._container, None
+        if container is None:
+            return
+        with self._named():
+            try:
+                if self._stream is not None:
+                    container.mux(self._stream.encode())
+            finally:
+                container.close()
+                self._file.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with suppress(*([] if kind is None else [StorageError])):  # what is under way says more
+            self.close()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """An error of the writing within names the file; FFmpeg goes on without a word where the disk is full."""
+        try:
+            yield
+            if self._file.error is not None:
+                raise self._file.error
+        except (OSError, self._av.FFmpegError) as error:
+            said = self._file.error or error
+            raise StorageError(
+                f"{self._path}: cannot be written ({said.strerror or said}); choose another --out"
+            ) from error
 
     def _open(self, picture: NDArray[np.uint8]) -> None:
         codec = "libx264" if "libx264" in self._av.codecs_available else "mpeg4"
         flags = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
-        self._container = self._av.open(str(self._path), "w", options=flags)
+        self._container = self._av.open(self._file, "w", format="mp4", options=flags)
         rate = Fraction(1 / self._interval).limit_denominator(1001)
         self._stream = self._container.add_stream(codec, rate=rate, options={"bf": "0"})  # times stay what they are
         self._stream.height, self._stream.width = picture.shape[:2]

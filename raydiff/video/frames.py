@@ -7,7 +7,6 @@ and streams are decoded by PyAV, FFmpeg's libraries as a package (``pip install 
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
@@ -20,8 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from raydiff.errors import ConfigError, DataError
-from raydiff.images import SUFFIXES, ImageSpec, decode, fitted
+from raydiff.images import SUFFIXES, ImageSpec, fitted
 from raydiff.uri import label_of
+from raydiff.video.pictures import POLL, listed, pictures, read, recorded
 
 if TYPE_CHECKING:
     from io import BufferedReader
@@ -31,8 +31,8 @@ __all__ = ["Frame", "FrameSource", "Place", "av_library", "is_stream", "open_fra
 DEFAULT_FPS = 25.0
 """Frames a second of a folder of pictures, and of a clip that does not say."""
 
-_POLL = 0.05
-"""Seconds between two looks whether more has been written."""
+_INDEXED = {"mov", "mp4", "matroska", "webm"}
+"""FFmpeg's names of containers in which seeking finds the key frame before a time; other files are read from 0."""
 
 _STREAM_TIMEOUT = (20.0, 20.0)
 """Seconds that a stream may take to open, and to send its next frame."""
@@ -43,13 +43,14 @@ class Frame:
     """``pixels`` uint8 (H, W, C) at the detector's size; ``time`` in seconds from the source's beginning.
 
     ``index`` counts from 0 over all frames of the source, those that are left out too. ``dropped`` are those given up
-    since the frame before, because scoring did not keep up.
+    since the frame before, because scoring did not keep up. ``file`` is the name of a folder's picture, else empty.
     """
 
     index: int
     time: float
     pixels: NDArray[np.uint8]
     dropped: int = 0
+    file: str = ""
 
 
 Frames = Generator[Frame, None, None]
@@ -57,10 +58,14 @@ Frames = Generator[Frame, None, None]
 
 @dataclass(frozen=True)
 class Place:
-    """A frame that was scored already: where another run goes on."""
+    """A frame that was scored already: where another run goes on.
+
+    ``file`` is the last picture of a folder, in the folder's order; without it the index is the place in the folder.
+    """
 
     index: int
     time: float
+    file: str | None = None
 
 
 class FrameSource:
@@ -158,56 +163,23 @@ def av_library() -> Any:
 
 def _folder(path: Path, spec: ImageSpec, fps: float, follow: float, skip_bad: bool, done: Place | None) -> FrameSource:
     """Pictures directly in a folder; one that is still being written is waited for while it is no whole file."""
-    if not follow and not _pictures(path):
+    if not follow and not pictures(path):
         raise DataError(f"{path}: holds no pictures; their names end in {', '.join(SUFFIXES)}")
+    name = None if done is None else done.file
 
     def frames(source: FrameSource) -> Frames:
-        for index, file in enumerate(_listed(path, follow)):
+        first = 0 if done is None or name is None else done.index + 1
+        for index, file in enumerate(listed(path, follow, name), start=first):
             if done is not None and index <= done.index:
                 continue
             try:
-                pixels = _read(file, spec, follow)
+                pixels = read(file, spec, follow)
             except DataError as error:
                 source.bad(str(file), error, skip_bad)
                 continue
-            yield Frame(index, index / fps, pixels)
+            yield Frame(index, index / fps, pixels, file=recorded(file))
 
     return FrameSource(str(path), 1 / fps, frames, live=False)
-
-
-def _listed(path: Path, follow: float) -> Iterator[Path]:
-    """The pictures in order, and those that come while the next is no longer than ``follow`` seconds away."""
-    given: set[Path] = set()
-    deadline = time.monotonic() + follow
-    while True:
-        new = [file for file in _pictures(path) if file not in given]
-        for file in new:
-            given.add(file)
-            yield file
-        if new:
-            deadline = time.monotonic() + follow
-        elif time.monotonic() >= deadline:
-            return
-        else:
-            time.sleep(_POLL)
-
-
-def _pictures(path: Path) -> list[Path]:
-    files = [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
-    return sorted(files, key=lambda file: ([int(n) for n in re.findall(r"\d+", file.stem)], file.name))
-
-
-def _read(file: Path, spec: ImageSpec, follow: float) -> NDArray[np.uint8]:
-    deadline = time.monotonic() + follow
-    while True:
-        try:
-            return decode(file.read_bytes(), spec, str(file))
-        except OSError as error:
-            raise DataError(f"{file}: cannot be read ({error.strerror})") from error
-        except DataError:  # half written, it may be
-            if time.monotonic() >= deadline:
-                raise
-            time.sleep(_POLL)
 
 
 class _Growing:
@@ -220,7 +192,7 @@ class _Growing:
     def read(self, size: int) -> bytes:
         deadline = time.monotonic() + self._patience
         while not (data := self._file.read(size)) and time.monotonic() < deadline:
-            time.sleep(_POLL)
+            time.sleep(POLL)
         return data
 
     def close(self) -> None:
@@ -235,17 +207,25 @@ class _Clip:
         self._fps = fps
         self._av = av_library()
         self._grows = isinstance(what, _Growing)
+        self._open()
+
+    def _open(self) -> None:
+        """At the beginning.
+
+        Raises:
+            DataError: it cannot be opened, or holds no video.
+        """
         options = {"analyzeduration": "1000000", "probesize": "500000"} if self._grows else {}
-        timeout = None if not isinstance(what, str) or not is_stream(what) else _STREAM_TIMEOUT
+        timeout = _STREAM_TIMEOUT if self._live else None
         try:
-            self._container = self._av.open(what, options=options, timeout=timeout)
+            self._container = self._av.open(self._what, options=options, timeout=timeout)
         except (self._av.FFmpegError, OSError) as error:
             raise DataError(
-                f"{name}: cannot be opened as video ({_line(error)}); give another clip or address"
+                f"{self._name}: cannot be opened as video ({_line(error)}); give another clip or address"
             ) from error
         if not self._container.streams.video:
             self._container.close()
-            raise DataError(f"{name}: holds no video; give another clip")
+            raise DataError(f"{self._name}: holds no video; give another clip")
         self._stream = self._container.streams.video[0]
 
     def frames(self, done: Place | None, offset: float) -> FrameSource:
@@ -254,17 +234,19 @@ class _Clip:
         return FrameSource(self._name, 1 / rate, lambda source: self._decoded(source, done, offset), live=self._live)
 
     def _decoded(self, source: FrameSource, done: Place | None, offset: float) -> Frames:
-        index = self._seek(done)
-        done = None if source.live else done
-        clock = _Clock(source.interval, offset, self._start(), own_times=self._fps is None)
         try:
-            for frame in self._raw(source):
+            index, last, frames = 0, -np.inf, None
+            if done is not None and (source.live or (frames := self._sought(source, done)) is not None):
+                index, last = done.index + 1, done.time
+            first = index if source.live else 0
+            clock = _Clock(source.interval, offset, self._start(), first, last, own_times=self._fps is None)
+            for frame in frames or self._raw(source):
                 shown = clock.time(frame.time, index)
-                if done is not None and (index <= done.index if self._counts else shown <= done.time):
-                    index += self._counts
-                    continue
-                name = f"{self._name} at {shown:.3f} s"
-                yield Frame(index, shown, fitted(Image.fromarray(self._upright(frame)), self._spec, name))
+                if done is not None and index <= done.index:
+                    source.num_bad = 0  # those before it were counted when it was scored
+                else:
+                    name = f"{self._name} at {shown:.3f} s"
+                    yield Frame(index, shown, fitted(Image.fromarray(self._upright(frame)), self._spec, name))
                 index += 1
         finally:
             self._container.close()
@@ -275,20 +257,40 @@ class _Clip:
     def _live(self) -> bool:
         return isinstance(self._what, str) and is_stream(self._what)
 
-    @property
-    def _counts(self) -> bool:
-        """Whether going on means counting frames from the beginning: where there is no seeking, or no own times."""
-        return self._grows or self._fps is not None
+    def _sought(self, source: FrameSource, done: Place) -> Iterator[Any] | None:
+        """The frames behind ``done`` by way of the key frame before it.
 
-    def _seek(self, done: Place | None) -> int:
-        """Go to the key frame before ``done``; the index of the first frame that is wanted, or that comes."""
-        if done is not None and self._live:
-            return done.index + 1
-        if done is None or self._counts:
-            return 0
-        target = int(done.time * self._av.time_base) + (self._container.start_time or 0)
-        self._container.seek(target, backward=True)
-        return done.index + 1
+        None, and the file is at its beginning, where that is not certain to give the very frames that reading on
+        would: not as many as counted are shown up to that time, or what is found there is another frame.
+        """
+        if self._grows or self._fps is not None or self._stream.start_time is None:
+            return None
+        if not _INDEXED & set(self._container.format.name.split(",")):
+            return None
+        wanted = self._stream.start_time + round(done.time / self._stream.time_base)
+        with suppress(self._av.FFmpegError, DataError):
+            if self._shown_until(wanted) == done.index + 1:
+                self._container.seek(wanted, stream=self._stream)
+                frames = self._raw(source)
+                for frame in frames:
+                    source.num_bad = 0
+                    if frame.pts == wanted:
+                        return frames
+                    if frame.pts is None or frame.pts > wanted:
+                        break
+        self._container.close()
+        self._open()
+        source.num_bad = 0
+        return None
+
+    def _shown_until(self, wanted: int) -> int:
+        """How many packets hold what is shown up to a time: read, not decoded."""
+        number = 0
+        for packet in self._container.demux(self._stream):
+            if packet.dts is not None and packet.dts > wanted:
+                break
+            number += packet.pts is not None and packet.pts <= wanted and not packet.is_discard
+        return number
 
     def _start(self) -> float | None:
         """The time of the first frame, where a file says it; a stream's clock may have run for days."""
@@ -318,24 +320,29 @@ class _Clip:
 
 
 class _Clock:
-    """Times that begin at the offset and rise, whatever the source says."""
+    """Times that begin at the offset and rise, whatever the source says; frame ``first`` is at the offset."""
 
-    def __init__(self, interval: float, offset: float, start: float | None, *, own_times: bool) -> None:
-        self._interval, self._shift = interval, offset
-        self._start, self._own, self._last = start, own_times, -np.inf
+    def __init__(
+        self, interval: float, offset: float, start: float | None, first: int, last: float, *, own_times: bool
+    ) -> None:
+        self._interval, self._offset, self._shift = interval, offset, offset
+        self._start, self._first, self._last, self._own = start, first, last, own_times
 
     def time(self, shown: float | None, index: int) -> float:
         """Of a frame that is shown at ``shown``; where its time falls back, one interval after the frame before."""
+        later = self._last + self._interval
         if not self._own or shown is None:
-            return self._shift + index * self._interval
+            found = self._offset + (index - self._first) * self._interval
+            self._last = found if found > self._last else later
+            return self._last
         if self._start is None:
             self._start = shown
         found = shown - self._start + self._shift
         if found <= self._last:
-            self._shift += self._last + self._interval - found
-            found = self._last + self._interval
+            self._shift += later - found
+            found = later
         self._last = found
-        return float(found)
+        return found
 
 
 def _line(error: Exception) -> str:

@@ -3,7 +3,7 @@
 ::
 
     frames.csv       a row per scored frame, appended and flushed batch by batch
-    events.json      source, artefact, settings, counts and events; whole at any time
+    events.json      source, artefact, settings, counts and events; there from the first moment, whole at any time
     key_frames/      of each event the onset and the peak, and the highest of all, with heat maps
     frames.parquet   the rows once more, at the end (``--parquet``)
     annotated.mp4    the clip with heat maps over it (``--annotate``)
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -36,6 +37,7 @@ from raydiff.images import encode_png
 from raydiff.journal import write_whole
 from raydiff.video.frames import Place
 from raydiff.video.onset import Event, Moment, OnsetDetector
+from raydiff.video.pictures import order_of
 from raydiff.video.scoring import ScoredFrame
 from raydiff.video.smoothing import Smoother
 
@@ -50,11 +52,17 @@ _SCHEMA = pa.schema(
     [
         ("frame", pa.int64()), ("time", pa.float64()), ("score", pa.float64()), ("p_value", pa.float64()),
         ("is_anomaly", pa.bool_()), ("smoothed", pa.float64()), ("statistic", pa.float64()), ("event", pa.int64()),
-        ("dropped", pa.int64()),
+        ("dropped", pa.int64()), ("file", pa.string()),
     ]
 )  # fmt: skip
 COLUMNS = _SCHEMA.names
-"""Of a row: its ``event`` is the number of the event that it is in, empty outside; ``dropped`` frames came before."""
+"""Of a row: its ``event`` is the number of the event that it is in, empty outside; ``dropped`` frames came before.
+
+``file`` is the picture's name where the source is a folder; folders that were begun without this column go on so.
+"""
+
+_FRESH_S = 5.0
+"""Seconds after which ``events.json`` is written anew with the rows."""
 
 
 @dataclass
@@ -91,17 +99,21 @@ class Recorder:
         self._peak: _Picture | None = None
         self._top: tuple[float, _Picture | None] | None = None
         self._highest = 0.0
-        self._started = datetime.now(UTC)
+        self._started, self._fresh = datetime.now(UTC), time.monotonic()
         if resume:
             self._check()
         with _named(folder):
             (folder / KEY_FRAMES).mkdir(parents=True, exist_ok=True)
             if resume:
                 _cut_unfinished(folder / FRAMES)
+            else:
+                self.write_events(finished=False)  # a kill before the first event leaves what can be resumed
+            columns = _header(folder / FRAMES) or COLUMNS
             self._file = (folder / FRAMES).open("a", encoding="utf-8", newline="")
-            self._writer = csv.writer(self._file)
+            self._writer = csv.DictWriter(self._file, columns, extrasaction="ignore")
             if not self._file.tell():
-                self._writer.writerow(COLUMNS)
+                self._writer.writeheader()
+                self._file.flush()
 
     def replay(self, smoother: Smoother, onset: OnsetDetector) -> None:
         """Take in the rows that are there, so that the next frame finds all as it was."""
@@ -123,12 +135,12 @@ class Recorder:
         moment, frame = scored.moment, scored.frame
         event = moment.event
         number = None if event is None or moment.ended else event.number
-        row = [
+        values = (
             frame.index, frame.time, scored.score, scored.p_value, scored.is_anomaly, scored.smoothed, moment.statistic,
-            number, frame.dropped,
-        ]  # fmt: skip
+            number, frame.dropped, frame.file,
+        )  # fmt: skip
         with _named(self.folder):
-            self._writer.writerow(["" if value is None else value for value in row])  # a float to its last bit
+            self._writer.writerow(dict(zip(COLUMNS, values, strict=True)))  # None is empty, a float to its last bit
         self._count(scored.is_anomaly, frame.dropped)
         self._keep(moment, scored.smoothed, _Picture.of(scored))
         if event is None:
@@ -145,9 +157,11 @@ class Recorder:
             self.write_events(finished=False)
 
     def flush(self) -> None:
-        """Bring rows to the file."""
+        """Bring rows to the file, and now and then the counts."""
         with _named(self.folder):
             self._file.flush()
+        if time.monotonic() - self._fresh > _FRESH_S:
+            self.write_events(finished=False)
 
     def finish(self, *, finished: bool, parquet: bool = False) -> None:
         """Write what is left: events, the peak of an event that lasts, and rows as Parquet."""
@@ -169,6 +183,7 @@ class Recorder:
             "events": [asdict(event) for event in self.events.values()],
         }  # fmt: skip
         write_whole(self.folder / EVENTS, json.dumps(content, indent=2) + "\n")
+        self._fresh = time.monotonic()
 
     def __enter__(self) -> Recorder:
         return self
@@ -225,18 +240,25 @@ def refuse_scored(folder: Path) -> None:
     """
     if (folder / EVENTS).exists():
         raise ConfigError(f"{folder}: holds a scored video already; add --resume, or choose another --out")
+    if (folder / FRAMES).exists():
+        raise ConfigError(
+            f"{folder}: holds the rows of a video ({FRAMES}) that cannot be resumed, for there is no {EVENTS}; remove"
+            " them, or choose another --out"
+        )
 
 
 def last_place(folder: Path) -> tuple[Place | None, float]:
-    """The last frame of which there is a row, and the seconds since the first command began.
+    """The last frame of which there is a row, of a folder with the last picture, and the seconds since the beginning.
 
     Raises:
         DataError: the folder holds no scored video, or it is damaged.
     """
     age = datetime.now(UTC) - datetime.fromisoformat(read_events(folder)["started"])
     last: Place | None = None
-    for row in read_rows(folder):
-        last = Place(row["frame"], row["time"])
+    file: str | None = None
+    for row in read_rows(folder) if (folder / FRAMES).exists() else ():
+        file = max((name for name in (file, row["file"]) if name), key=order_of, default=None)
+        last = Place(row["frame"], row["time"], file)
     return last, age.total_seconds()
 
 
@@ -290,11 +312,19 @@ def _typed(row: Mapping[str, str], folder: Path, number: int) -> dict[str, Any]:
     try:
         return {
             "frame": int(row["frame"]), "dropped": int(row["dropped"]), "is_anomaly": row["is_anomaly"] == "True",
-            "event": int(row["event"]) if row["event"] else None,
+            "event": int(row["event"]) if row["event"] else None, "file": row.get("file") or None,
             **{name: float(row[name]) for name in ("time", "score", "p_value", "smoothed", "statistic")},
         }  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder / FRAMES} line {number}: is no row of frames; remove the lines from there") from error
+
+
+def _header(path: Path) -> list[str]:
+    """The columns that a file was begun with; none where there is no such file, or it is empty."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return next(csv.reader(file), [])
 
 
 def _cut_unfinished(path: Path) -> None:

@@ -120,10 +120,14 @@ def score_video(
     if detector.calibration is None:
         raise NotCalibratedError(f"{detector.name} has no threshold; calibrate it before it scores video")
     begun, folder, live = time.monotonic(), Path(out), is_stream(str(source))
+    last, age = None, 0.0
     if not resume:
         refuse_scored(folder)
-    last, age = last_place(folder) if resume else (None, 0.0)
     with ExitStack() as stack:
+        if resume:
+            read_events(folder)  # a folder that is not there is not made by its lock
+            stack.enter_context(alone_in(folder))
+            last, age = last_place(folder)
         frames = stack.enter_context(
             open_frames(
                 source, detector.image_spec, fps=options.fps, follow=options.follow, skip_bad=options.skip_bad,
@@ -131,7 +135,9 @@ def score_video(
             )
         )  # fmt: skip
         smoother, onset = smoother_of(options.smooth), onset_detector(detector, options, frames.interval)
-        stack.enter_context(alone_in(folder))
+        if not resume:
+            stack.enter_context(alone_in(folder))
+            refuse_scored(folder)  # another command may have come first
         mask_threshold = detector.calibration.mask_threshold
         recorder = stack.enter_context(
             Recorder(folder, _about(detector, source, options, onset), mask_threshold=mask_threshold, resume=resume)

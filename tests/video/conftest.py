@@ -20,17 +20,19 @@ Pictures = NDArray[np.uint8]
 
 
 def write_clip(
-    path: Path, pictures: Pictures, *, times: Sequence[float] | None = None, codec: str = "ffv1", rotate: bool = False
-) -> Path:
-    """Grey pictures (n, H, W) at 25 a second, or at their times, without loss but for ``libx264``."""
+    path: Path, pictures: Pictures, *, times: Sequence[float] | None = None, codec: str = "ffv1", rotate: bool = False,
+    options: dict[str, str] | None = None,
+) -> Path:  # fmt: skip
+    """Grey pictures (n, H, W) at 25 a second, or at their times, without loss by ``ffv1`` and ``png``."""
     import av
 
-    pixel_format = "bgr0" if codec == "ffv1" else "yuv420p"
+    pixel_format = {"ffv1": "bgr0", "mjpeg": "yuvj420p", "png": "rgb24"}.get(codec, "yuv420p")
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25)
+        stream = container.add_stream(codec, rate=25, options=options or {})
         stream.height, stream.width = pictures.shape[1:]
         stream.pix_fmt = pixel_format
-        stream.codec_context.time_base = Fraction(1, 1000)
+        if codec != "mpeg2video":  # which knows few
+            stream.codec_context.time_base = Fraction(1, 1000)
         if rotate:  # the display matrix of a quarter turn counter-clockwise, ISO/IEC 14496-12, 6.2.2
             stream.set_display_matrix([0, -(1 << 16), 0, 1 << 16, 0, 0, 0, 0, 1 << 30])
         for i, picture in enumerate(pictures):

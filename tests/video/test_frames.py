@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from PIL import Image
 
 from raydiff.errors import ConfigError, DataError
 from raydiff.images import ImageSpec, decode, encode_png
+from raydiff.video import frames as frames_module
 from raydiff.video.frames import Frame, Place, open_frames
 from tests.ports import free_ports
 
@@ -98,15 +100,117 @@ def test_a_clip_and_a_folder_that_grow_are_followed(
     assert len(frames_of(growing, follow=0.2, done=Place(29, 29 / 25))) == 10
 
 
-@pytest.mark.parametrize("name", ["clip.mkv", "clip.mp4"])
+def goes_on(source: Path, places: tuple[int, ...], seeks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Going on behind any of the places gives what follows it, after seeking or after reading all before it."""
+    whole, gone_through = frames_of(source), list[int]()
+    told = frames_module._Clock.time
+
+    def counted(clock: object, shown: float | None, index: int) -> float:
+        gone_through.append(index)
+        return told(clock, shown, index)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(frames_module._Clock, "time", counted)
+        for place in places:
+            gone_through.clear()
+            rest = frames_of(source, done=Place(whole[place].index, whole[place].time))
+            assert [(a.index, a.time) for a in rest] == [(b.index, b.time) for b in whole[place + 1 :]]
+            assert all(np.array_equal(a.pixels, b.pixels) for a, b in zip(rest, whole[place + 1 :], strict=True))
+            assert gone_through[:1] == (list(range(place + 1, len(whole)))[:1] if seeks else [0])
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "seeks"),
+    [
+        ("a.mkv", "ffv1", True), ("a.mkv", "libx264", True), ("a.mp4", "libx264", True), ("a.mov", "mpeg4", True),
+        ("a.flv", "libx264", False), ("a.ts", "libx264", False), ("a.mpg", "mpeg2video", False),
+        ("a.avi", "mpeg4", False), ("a.h264", "libx264", False), ("a.mjpeg", "mjpeg", False),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("b_frames", [0, 2])
 def test_going_on_begins_behind_what_is_done(
-    name: str, clip_pictures: Pictures, tmp_path: Path, make_clip: Callable[..., Path]
+    name: str, codec: str, seeks: bool, b_frames: int, clip_pictures: Pictures, tmp_path: Path,
+    make_clip: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    options = {} if codec in ("ffv1", "mjpeg") else {"g": "25", "bf": str(b_frames)}
+    made = make_clip(tmp_path / name, np.concatenate([clip_pictures] * 2), codec=codec, options=options)
+    goes_on(made, (0, 24, 37, 80, 119), seeks, monkeypatch)
+
+
+def test_going_on_is_right_where_times_fall_back(
+    clip_pictures: Pictures, tmp_path: Path, make_clip: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = make_clip(tmp_path / name, clip_pictures, codec="ffv1" if name.endswith("mkv") else "libx264")
-    whole = frames_of(made)
-    rest = frames_of(made, done=Place(whole[37].index, whole[37].time))
-    assert [(frame.index, frame.time) for frame in rest] == [(frame.index, frame.time) for frame in whole[38:]]
-    assert all(np.array_equal(a.pixels, b.pixels) for a, b in zip(rest, whole[38:], strict=True))
+    options = {"g": "10", "bf": "0"}
+    part = make_clip(tmp_path / "part.ts", clip_pictures, codec="libx264", options=options).read_bytes()
+    (tmp_path / "joined.ts").write_bytes(part * 2)
+    assert len(frames_of(tmp_path / "joined.ts")) == 120
+    goes_on(tmp_path / "joined.ts", (30, 59, 80), False, monkeypatch)
+    times = [i / 25 for i in range(60)]
+    times[20:] = times[19:-1]  # one time twice: those behind it are shown later than the file says
+    again = make_clip(tmp_path / "twice.mkv", clip_pictures, times=times)
+    goes_on(again, (20, 40, 59), False, monkeypatch)
+    goes_on(again, (10,), True, monkeypatch)
+
+
+def test_a_file_that_cannot_be_sought_in_is_read_from_its_beginning(
+    clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import av
+
+    def broken(*_: object) -> int:
+        raise av.error.InvalidDataError(1, "no index")
+
+    monkeypatch.setattr(frames_module._Clip, "_shown_until", broken)
+    goes_on(clip, (30,), False, monkeypatch)
+
+
+def test_what_could_not_be_decoded_before_is_not_counted_again(
+    clip_pictures: Pictures, tmp_path: Path, make_clip: Callable[..., Path]
+) -> None:
+    content = bytearray(make_clip(tmp_path / "a.mov", clip_pictures[:30], codec="png").read_bytes())
+    starts = [found.start() for found in re.finditer(b"\x89PNG", content)]
+    for broken in (5, 20):
+        content[starts[broken]] = 0
+    (tmp_path / "a.mov").write_bytes(content)
+
+    def left_out(done: Place | None, fps: float | None = None) -> tuple[int, int]:
+        with open_frames(tmp_path / "a.mov", SPEC, skip_bad=True, done=done, fps=fps) as frames:
+            return len(list(frames)), frames.num_bad
+
+    assert left_out(None) == (28, 2)
+    assert left_out(Place(4, 4 / 25)) == (23, 2)
+    assert left_out(Place(9, 10 / 25)) == (18, 1)
+    assert left_out(Place(9, 9 / 25), fps=25) == (18, 1)
+
+
+@pytest.mark.parametrize("fps", [None, 25.0])
+def test_a_stream_that_is_gone_on_with_counts_its_times_from_then(clip: Path, fps: float | None) -> None:
+    address = f"file://{clip}"
+    found = frames_of(address, fps=fps, done=Place(89_999, 3599.96), offset=3605.0)
+    assert [frame.index for frame in found[:2]] == [90_000, 90_001]
+    assert [frame.time for frame in found[:2]] == pytest.approx([3605, 3605.04])
+    late = frames_of(address, fps=fps, done=Place(89_999, 3599.96), offset=3000.0)  # slower than --fps says
+    assert [frame.time for frame in late[:2]] == pytest.approx([3600, 3600.04])
+
+
+def test_a_folder_goes_on_behind_the_last_picture(clip_pictures: Pictures, tmp_path: Path) -> None:
+    def draw(number: int) -> None:
+        Image.fromarray(clip_pictures[number]).save(tmp_path / f"{number}.png")
+
+    for number in (8, 9, 11):
+        draw(number)
+    first = frames_of(tmp_path)
+    assert [frame.file for frame in first] == ["8.png", "9.png", "11.png"]
+    for number in (10, 12, 13):  # one came late
+        draw(number)
+    done = Place(first[2].index, first[2].time, first[2].file)
+    rest = frames_of(tmp_path, done=done)
+    assert [(frame.index, frame.file) for frame in rest] == [(3, "12.png"), (4, "13.png")]
+    assert [frame.time for frame in rest] == [3 / 25, 4 / 25]
+    for number in (8, 9, 10, 11):  # and the oldest are deleted
+        (tmp_path / f"{number}.png").unlink()
+    assert [(frame.index, frame.file) for frame in frames_of(tmp_path, done=done)] == [(3, "12.png"), (4, "13.png")]
+    assert [frame.file for frame in frames_of(tmp_path, done=Place(0, 0.0))] == ["13.png"]  # of before names were kept
 
 
 def test_a_stream_is_read_as_it_comes(clip: Path) -> None:

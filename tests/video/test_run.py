@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +25,9 @@ from raydiff.batch import score_files
 from raydiff.core.calibration import Calibration, fit_threshold
 from raydiff.detector import DiffusionDetector
 from raydiff.errors import ConfigError, DataError, NotCalibratedError
-from raydiff.video import Event, VideoOptions, VideoSummary, batches, onset_detector, open_frames, score_video
+from raydiff.video import Event, VideoOptions, VideoSummary, batches, onset_detector, open_frames, run, score_video
 from raydiff.video.frames import Frame
-from raydiff.video.onset import OnsetDetector
+from raydiff.video.onset import Moment, OnsetDetector
 from raydiff.video.recording import KEY_FRAMES, Recorder, read_rows
 from raydiff.video.scoring import ScoredFrame
 from raydiff.video.smoothing import Unsmoothed
@@ -155,6 +159,144 @@ def test_key_frames_stay_those_of_the_highest_scores_when_a_video_is_resumed(tmp
         record(tmp_path / f"{stop}", 0, stop)
         record(tmp_path / f"{stop}", stop, len(scores))
         assert {path.name: path.read_bytes() for path in (tmp_path / f"{stop}" / KEY_FRAMES).iterdir()} == whole
+
+
+def interrupted(
+    detector: DiffusionDetector, source: Path, out: Path, options: VideoOptions, after: int, *, killed: bool = False
+) -> None:
+    """A command that ends after some frames; killed, it leaves the folder as it was written to until then."""
+    given = run.score_frames
+
+    def stopping(*args: Any, **keywords: Any) -> Iterator[ScoredFrame]:
+        for number, one in enumerate(given(*args, **keywords)):
+            if number == after:
+                raise KeyboardInterrupt
+            yield one
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "score_frames", stopping)
+        if killed:
+            patch.setattr(Recorder, "finish", lambda *_, **__: None)
+            patch.setattr(run, "_write_page", lambda *_: None)
+        with pytest.raises(KeyboardInterrupt):
+            score_video(detector, source, out, options)
+
+
+def test_a_video_killed_before_its_first_event_goes_on(
+    scored: tuple[Path, VideoSummary], detector: DiffusionDetector, clip: Path, tmp_path: Path
+) -> None:
+    out, options = tmp_path / "out", VideoOptions(**{**vars(QUICK), "batch_size": 8})
+    interrupted(detector, clip, out, options, 10, killed=True)
+    assert len(rows_of(out)) == 10
+    assert not json.loads((out / "events.json").read_text())["finished"]
+    with pytest.raises(ConfigError, match="holds a scored video already; add --resume"):
+        score_video(detector, clip, out, options)
+    assert score_video(detector, clip, out, options, resume=True).frames == scored[1].frames
+    assert rows_of(out) == rows_of(scored[0])
+    (out / "events.json").unlink()  # as versions before this one left it
+    with pytest.raises(ConfigError, match=r"rows of a video \(frames\.csv\) that cannot be resumed"):
+        score_video(detector, clip, out, options)
+    assert rows_of(out) == rows_of(scored[0])
+
+
+def test_a_video_killed_before_its_first_row_goes_on(
+    scored: tuple[Path, VideoSummary], detector: DiffusionDetector, clip: Path, tmp_path: Path
+) -> None:
+    interrupted(detector, clip, tmp_path, QUICK, 0, killed=True)
+    (tmp_path / "frames.csv").unlink()
+    score_video(detector, clip, tmp_path, QUICK, resume=True)
+    assert rows_of(tmp_path) == rows_of(scored[0])
+
+
+def test_counts_are_written_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scored_then() -> int:
+        return int(json.loads((tmp_path / "events.json").read_text())["frames"]["scored"])
+
+    frame = Frame(0, 0.0, np.zeros((8, 8, 1), np.uint8))
+    with Recorder(tmp_path, {}, mask_threshold=None) as recorder:
+        recorder.add(ScoredFrame(frame, 0.0, 0.5, False, 0.0, Moment(0.0, None), None))
+        recorder.flush()
+        assert scored_then() == 0
+        monkeypatch.setattr("raydiff.video.recording._FRESH_S", 0.0)
+        recorder.flush()
+        assert scored_then() == 1
+
+
+def test_two_that_go_on_at_once_write_no_row_twice(
+    scored: tuple[Path, VideoSummary], detector: DiffusionDetector, clip: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    interrupted(detector, clip, tmp_path, QUICK, 20)
+    locked, others = run.alone_in, [QUICK]
+
+    @contextmanager
+    def second(folder: Path) -> Iterator[None]:  # another command is done just before this one has the lock
+        if others:
+            score_video(detector, clip, folder, others.pop(), resume=True)
+        with locked(folder):
+            yield
+
+    monkeypatch.setattr(run, "alone_in", second)
+    score_video(detector, clip, tmp_path, QUICK, resume=True)
+    assert rows_of(tmp_path) == rows_of(scored[0])
+
+
+def test_a_folder_whose_pictures_change_goes_on_behind_the_last_one(
+    detector: DiffusionDetector, clip_pictures: Pictures, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "frames", tmp_path / "out"
+    source.mkdir()
+    for i in range(20):
+        Image.fromarray(clip_pictures[i]).save(source / f"{i}.png")
+    interrupted(detector, source, out, QUICK, 10)
+    shutil.copytree(out, tmp_path / "old")
+    for i in range(5):
+        (source / f"{i}.png").unlink()
+    score_video(detector, source, out, QUICK, resume=True)
+    assert [(row["frame"], row["file"]) for row in rows_of(out)] == [(str(i), f"{i}.png") for i in range(20)]
+    kept = [line.rsplit(",", 1)[0] + "\r\n" for line in (tmp_path / "old" / "frames.csv").read_text().splitlines()]
+    (tmp_path / "old" / "frames.csv").write_text("".join(kept), newline="")  # as it was before names were kept
+    score_video(detector, source, tmp_path / "old", VideoOptions(**{**vars(QUICK), "parquet": True}), resume=True)
+    assert [row["frame"] for row in rows_of(tmp_path / "old")] == [str(i) for i in range(15)]
+    assert "file" not in rows_of(tmp_path / "old")[-1]
+
+
+FILLED = """
+import resource, sys
+import numpy as np
+from pathlib import Path
+from raydiff.errors import StorageError
+from raydiff.video.annotating import Annotator
+from raydiff.video.frames import Frame
+from raydiff.video.onset import Moment
+from raydiff.video.scoring import ScoredFrame
+
+def write(frames, limit, error=None):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    random = np.random.default_rng(0)
+    with Annotator(Path(sys.argv[1]) / f"{frames}.mp4", 0.04, None) as annotator:
+        for i in range(frames):
+            pixels = random.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+            annotator.add(ScoredFrame(Frame(i, i / 25, pixels), 0.0, 1.0, False, 0.0, Moment(0.0, None), None))
+        if error is not None:
+            raise error
+
+for arguments in ((40, 2000), (400, 20000), (41, 2000, KeyError("first"))):
+    try:
+        write(*arguments)
+        print("no error")
+    except (StorageError, KeyError) as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_a_full_disk_under_the_annotated_clip_is_told(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", FILLED, str(tmp_path)], capture_output=True, text=True, check=True)
+    closed, added, before = done.stdout.splitlines()
+    said = "cannot be written (File too large); choose another --out"
+    assert closed == f"StorageError {tmp_path / '40.mp4'}: {said}"
+    assert added == f"StorageError {tmp_path / '400.mp4'}: {said}"
+    assert before == "KeyError 'first'"
 
 
 def test_every_third_frame_is_scored(
