@@ -46,6 +46,7 @@ FORMAT_VERSION = 1
 
 Kind = Literal["artifact", "checkpoint", "space", "head"]
 
+_UNFINISHED = "has no manifest.json, so it was never finished; go on with raydiff fit --resume RUN, or save it again"
 _UNUSED_S = 30 * 86_400.0
 
 
@@ -162,7 +163,7 @@ def _verified(path: Path) -> Folder:
             raise ValueError("it is not as it was written")
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except FileNotFoundError as error:
-        raise ArtifactError(f"{path}: has no manifest.json, so it was never finished; save it again") from error
+        raise ArtifactError(f"{path}: {_UNFINISHED}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path / MANIFEST}: is damaged ({error}); save the artefact again") from error
     for name, (size, digest) in expected.items():
@@ -174,8 +175,8 @@ def _fetched(storage: Storage) -> Folder:
     """The folder as this machine keeps it, under its manifest's digest."""
     if not storage.exists(MANIFEST):
         if storage.exists():
-            raise ArtifactError(f"{storage}: has no manifest.json, so it was never finished; save it again")
-        raise ArtifactError(f"{storage}: there is no such folder; give the folder that holds manifest.json")
+            raise ArtifactError(f"{storage}: {_UNFINISHED}")
+        raise ArtifactError(f"{storage}: there is no such folder; give a run, or the folder that holds manifest.json")
     raw = storage.read(MANIFEST)
     kept = _cache() / hashlib.sha256(raw).hexdigest()
     if (folder := _kept(kept)) is not None:

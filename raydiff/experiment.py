@@ -28,7 +28,7 @@ from torch import Tensor
 
 from raydiff.artifact import encode_json, encode_tensors, read_folder, write_folder
 from raydiff.config import ExperimentConfig, load_config
-from raydiff.detector import Detector, DiffusionDetector, build_space, load_detector
+from raydiff.detector import MIN_CALIBRATION, Detector, DiffusionDetector, build_space, load_detector, too_few
 from raydiff.distillation import TEACHER, student_config, teacher_in
 from raydiff.errors import ArtifactError, ConfigError, RaydiffError, StorageError
 from raydiff.fitted_spaces import FittedSpace, fitted_space, takes_long
@@ -150,6 +150,8 @@ def begin_run(run_dir: Place, config: ExperimentConfig, shards: ShardSet) -> Non
         StorageError: the folder cannot be written.
     """
     shards.check(config.data)
+    if config.data.calibration_fraction and (count := shards.count("calibration")) < MIN_CALIBRATION:
+        raise too_few(count)
     fresh = DiffusionDetector.create(config, num_classes=len(shards.normal_classes))
     fresh.space.check()
     fresh.scorer.state()  # the weights that it needs are there

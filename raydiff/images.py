@@ -78,7 +78,7 @@ _UPRIGHT = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-_REMEDY = "replace the file, or leave it out with data.on_bad_image: skip"
+_REMEDY = "replace the file, or leave it out with --skip-bad or data.on_bad_image: skip"
 
 Reason = Literal["empty", "format", "pixels", "frames", "depth", "transparent", "size", "damaged"]
 

@@ -280,7 +280,7 @@ _MODELS: dict[_Entry, type[Section]] = {
 
 def _explain(error: ValidationError, where: str) -> str:
     """One line for the first problem, with the nearest valid key for an unknown one; says how many more there are."""
-    problems = error.errors()
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] == "missing")  # as a mistyped key makes one
     first = problems[0]
     parts = [str(part) for part in first["loc"]]
     path = ".".join(parts)

@@ -192,9 +192,9 @@ def progress_line(metrics: Mapping[str, Any], num_steps: int, batch_size: int) -
         again = f"; up to {metrics['repeated_at_most']} images are seen again" if "repeated_at_most" in metrics else ""
         lost = f"{metrics['left_out_shards']} bad shard(s) with {metrics['left_out_images']} training images"
         return f"step {step}/{num_steps}  {lost} left out{again}"
-    parts = [f"step {step}/{num_steps}", f"{100 * step // num_steps:3d} %", f"loss {metrics['loss']:.4f}"]
+    parts = [f"step {step}/{num_steps}", f"{100 * step // num_steps:3d} %", f"loss {_loss(metrics['loss'])}"]
     if "held_out_loss" in metrics:
-        parts.append(f"held-out {metrics['held_out_loss']:.4f}")
+        parts.append(f"held-out {_loss(metrics['held_out_loss'])}")
     parts.append(f"{metrics['images_per_second']:.0f} images/s")
     if "workers" in metrics:
         parts.append(f"on {metrics['workers']} worker(s) only")
@@ -203,12 +203,17 @@ def progress_line(metrics: Mapping[str, Any], num_steps: int, batch_size: int) -
     return "  ".join(parts)
 
 
+def _loss(value: float) -> str:
+    """Four digits behind the point, or two that say something: a student's loss is small."""
+    return f"{value:.4f}" if abs(value) >= 1e-3 or not value else f"{value:.1e}"
+
+
 def _progress_beside(part: str, metrics: Mapping[str, Any]) -> str:
     """Of what is trained before or after the denoiser."""
     step, num_steps, seconds = (metrics[f"{part}_{name}"] for name in ("step", "steps", "seconds"))
     left = f"  {clock(seconds / step * (num_steps - step))} left" if step < num_steps else ""
     done = f"{part}: step {step}/{num_steps}  {100 * step // num_steps:3d} %"
-    return f"{done}  loss {metrics[f'{part}_loss']:.4f}{left}"
+    return f"{done}  loss {_loss(metrics[f'{part}_loss'])}{left}"
 
 
 def clock(seconds: float) -> str:

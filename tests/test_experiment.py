@@ -193,3 +193,13 @@ def test_a_run_in_a_store_learns_what_one_on_disk_does(
         open_run(place, tiny_config, resume=False)
     with pytest.raises(ConfigError, match=r"^s3://store/.*/none: holds no run to resume"):
         open_run(place / "none", None, resume=True)
+
+
+def test_too_few_images_to_calibrate_on_are_told_before_training(tiny_config: ExperimentConfig, tmp_path: Path) -> None:
+    config = tiny_config.override({"data.calibration_fraction": 0.02})
+    shards = write_shards(config.data, str(tmp_path / "shards"))
+    assert 0 < shards.count("calibration") < 4
+    seen = list[object]()
+    with pytest.raises(ConfigError, match=r"^\d calibration image\(s\); a threshold needs at least 4.*few_shot"):
+        fit_locally(config, tmp_path / "run", shards, on_metrics=seen.append)
+    assert not seen

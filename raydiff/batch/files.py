@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from raydiff.contracts import Prediction
 from raydiff.detector import Detector
-from raydiff.errors import ConfigError, DataError, NotCalibratedError, StorageError
+from raydiff.errors import ConfigError, DataError, NotCalibratedError, ScoreError, StorageError
 from raydiff.evaluation import Progress, predict_named
 from raydiff.heatmap import enlarge, overlay
 from raydiff.images import ImageSpec, decode, encode_png, find_images, images_per_batch, to_tensor, to_uint8
@@ -76,7 +76,7 @@ def score_files(
 ) -> ScoreSummary:
     """Score files, and all images in folders, and write one row each in the order of ``find_images``.
 
-    A KeyboardInterrupt leaves the rows so far in ``<out>.partial``, and says so in a note.
+    A KeyboardInterrupt, an image or a score that cannot be used leave the rows so far in ``<out>.partial``, and say so.
 
     Args:
         detector: calibrated.
@@ -229,9 +229,13 @@ class Table:
 
     @contextmanager
     def kept_if_interrupted(self) -> Iterator[None]:
-        """A KeyboardInterrupt within leaves the rows so far, if there are any, and carries a note of where."""
+        """What interrupts or fails within leaves the rows so far, if there are any, and says where."""
         try:
             yield
+        except (DataError, ScoreError) as error:
+            if self._count:
+                error.args = (f"{error}; the {self._count} rows before are in {name_of(self.keep())}", *error.args[1:])
+            raise
         except KeyboardInterrupt as error:
             if self._count:
                 error.add_note(f"the {self._count} rows so far are in {name_of(self.keep())}")

@@ -25,12 +25,13 @@ from raydiff.detector.building import (
     trained_steps,
 )
 from raydiff.detector.contract import Detector
-from raydiff.detector.diffusion import DiffusionDetector
+from raydiff.detector.diffusion import MIN_CALIBRATION, DiffusionDetector, too_few
 from raydiff.detector.ensemble import Combine, EnsembleDetector
 from raydiff.detector.loading import load_detector, tensors_below
 from raydiff.detector.tiles import Crops, Tiles
 
 __all__ = [
+    "MIN_CALIBRATION",
     "NUM_ROTATIONS",
     "BaselineDetector",
     "Combine",
@@ -48,5 +49,6 @@ __all__ = [
     "schedule_of",
     "space_options",
     "tensors_below",
+    "too_few",
     "trained_steps",
 ]

@@ -20,9 +20,10 @@ from raydiff.detector.tiles import Tiles
 from raydiff.errors import ConfigError
 from raydiff.planting import TrainedScorer
 
-__all__ = ["DiffusionDetector"]
+__all__ = ["MIN_CALIBRATION", "DiffusionDetector", "too_few"]
 
-_MIN_CALIBRATION = 4
+MIN_CALIBRATION = 4
+"""Images that are set aside for a threshold, at least."""
 _JUDGED_TOGETHER = 256
 """Images whose maps are held at once in calibration."""
 
@@ -189,12 +190,8 @@ class DiffusionDetector(Detector):
         limit = self.config.calibration.max_images
         if groups is None:  # else as many images as count were chosen, with all their views
             observed = observed[:limit]
-        if len(observed) < (least := _MIN_CALIBRATION if origin == "set_aside" else 2):
-            raise ConfigError(
-                f"{len(observed)} calibration image(s); a threshold needs at least {least}, better 20 or"
-                " more: raise data.calibration_fraction, or add normal images; with a handful of them set"
-                " data.calibration_fraction to 0, and name changes under augmentation"
-            )
+        if len(observed) < (least := MIN_CALIBRATION if origin == "set_aside" else 2):
+            raise too_few(len(observed), least)
         calibration = self._make_calibration(self.cross_fitted(observed, groups), data_digest, groups, origin)
         return replace(self, statistics=self.scorer.fit(observed), calibration=calibration, artifact_digest=None)
 
@@ -278,3 +275,12 @@ def _train_the_same(scorer: Scorer, trained: Scorer) -> bool:
     if not isinstance(scorer, TrainedScorer) or not isinstance(trained, TrainedScorer):
         return False
     return trained.is_trained and scorer.training_key() == trained.training_key()
+
+
+def too_few(count: int, least: int = MIN_CALIBRATION) -> ConfigError:
+    """What is said of so few calibration images."""
+    return ConfigError(
+        f"{count} calibration image(s); a threshold needs at least {least}, better 20 or more: raise"
+        " data.calibration_fraction, or add normal images; with a handful of them set data.calibration_fraction to 0,"
+        " and name changes under augmentation (examples/configs/few_shot.yaml)"
+    )

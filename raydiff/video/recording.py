@@ -196,11 +196,16 @@ class Recorder:
         """See that what is there is of the same source and settings, and take over when it was begun."""
         there = read_events(self.folder)
         for key, value in self._about.items():
-            if there.get(key) != json.loads(json.dumps(value)):
-                raise ConfigError(
-                    f"{self.folder / EVENTS}: {key} is {there.get(key)} there and {value} now; resume with what it was"
-                    " begun with, or choose another --out"
-                )
+            before, now = there.get(key), json.loads(json.dumps(value))
+            if before == now:
+                continue
+            if isinstance(before, dict) and isinstance(now, dict):  # the first that differs says it
+                name = next(name for name in {**before, **now} if before.get(name) != now.get(name))
+                key, before, now = f"{key}.{name}", before.get(name), now.get(name)
+            raise ConfigError(
+                f"{self.folder / EVENTS}: {key} is {before} there and {now} now; resume with what it was begun with, or"
+                " choose another --out"
+            )
         self._started = datetime.fromisoformat(there["started"])
         self.tally.bad = int(there["frames"]["bad"])
 

@@ -156,6 +156,21 @@ def test_an_interruption_keeps_the_rows_so_far_and_says_where(detector, folder, 
     assert read(partial.rename(tmp_path / f"kept{suffix}")) == read(whole)[:4]
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_bad_image_at_the_end_loses_no_row_before_it(detector, folder, tmp_path, suffix):
+    whole = tmp_path / f"whole{suffix}"
+    score_files(detector, [folder], whole)
+    (folder / "zz.png").write_bytes(b"not an image")
+    out, partial = tmp_path / f"scores{suffix}", tmp_path / f"scores{suffix}.partial"
+    with pytest.raises(DataError) as caught:
+        score_files(detector, [folder], out, batch_size=2)
+    kept = read(partial.rename(tmp_path / f"kept{suffix}"))
+    assert kept == read(whole)[: len(kept)]
+    assert str(caught.value).endswith(f"on_bad_image: skip; the {len(kept)} rows before are in {partial}")
+    assert "zz.png: is not a PNG" in str(caught.value)
+    assert not out.exists()
+
+
 def test_a_score_that_is_not_finite_is_never_skipped(detector, folder, tmp_path):
     (folder / "b" / "white.png").write_bytes(encode_png(np.full((8, 8), 255, np.uint8)))
     with pytest.raises(ScoreError, match=r"b/white\.png: its score is not finite"):

@@ -127,7 +127,7 @@ def test_an_interrupted_video_keeps_its_rows_and_goes_on_as_if_nothing_had_been(
         file.write("57,2.28,0.1")  # the process was killed while it wrote
     with pytest.raises(ConfigError, match="holds a scored video already; add --resume"):
         score_video(detector, clip, out, options)
-    with pytest.raises(ConfigError, match="options is"):
+    with pytest.raises(ConfigError, match=r"options\.smooth is none there and median:0\.2s now"):
         score_video(detector, clip, out, VideoOptions(), resume=True)
     summary = score_video(detector, clip, out, options, resume=True)
     assert rows_of(out) == rows_of(scored[0])
