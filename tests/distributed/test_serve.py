@@ -80,7 +80,10 @@ def url(run_dir: Path, root: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def client(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as made:
+    """For several threads: with a limit on kept connections httpcore 1.0.9 closes some that are in use."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with httpx.Client(base_url=url, headers=headers, timeout=60, limits=limits) as made:
         yield made
 
 
