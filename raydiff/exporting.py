@@ -194,6 +194,8 @@ def _traced(graph: _Graph, images: NDArray[np.uint8], detector: DiffusionDetecto
             return torch.export.export(
                 graph, (given,), dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}}, strict=False
             )
+        except MemoryError:  # which says nothing of the detector
+            raise
         except Exception as error:  # torch's tracer raises many kinds
             raise ConfigError(
                 f"{detector.name} cannot be traced ({' '.join(str(error).split())[:160]}); export a run with scoring"

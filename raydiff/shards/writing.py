@@ -162,9 +162,11 @@ def _checked_row(shard: _OpenShard, entry: Entry, dataset: Dataset, data: DataCo
 
 
 def _row(entry: Entry, image: bytes, mask: bytes | None, data: DataConfig) -> dict[str, Any]:
-    spec = ImageSpec.of(data)
-    decoded = decode_file(image, spec, entry.image_id)
-    pixels = None if mask is None else decode_mask(mask, spec, f"mask of {entry.image_id}", image=decoded)
+    spec, where = ImageSpec.of(data), ""
+    if data.on_bad_image == "error":  # what is skipped is in the manifest, wherever the files lie
+        where = f"{getattr(data.dataset, 'source', data.dataset.name)}: "
+    decoded = decode_file(image, spec, f"{where}{entry.image_id}")
+    pixels = None if mask is None else decode_mask(mask, spec, f"{where}mask of {entry.image_id}", image=decoded)
     row = {"image_id": entry.image_id, "class_name": entry.class_name, "defect": entry.defect,
            "is_anomaly": entry.is_anomaly}  # fmt: skip
     if data.shard_format == "raw":

@@ -174,7 +174,8 @@ def test_the_digests_depend_neither_on_where_the_files_lie_nor_on_when_they_were
 
 def test_a_truncated_image_stops_the_run_and_is_named(own_parts: Path, tmp_path: Path) -> None:
     truncate(own_parts / "train/good/001.png")
-    with pytest.raises(DataError, match=r"^train/good/001.png: cannot be decoded .*data.on_bad_image: skip"):
+    said = rf"^{own_parts}: train/good/001.png: cannot be decoded .*data.on_bad_image: skip"
+    with pytest.raises(DataError, match=said):
         write_shards(config_of(own_parts), str(tmp_path / "out"))
     assert "manifest.json" not in files(tmp_path / "out")
 
@@ -203,7 +204,8 @@ def test_nothing_left_after_skipping(own_parts: Path, tmp_path: Path) -> None:
 
 def test_a_mask_of_another_size_is_named(own_parts: Path, tmp_path: Path) -> None:
     shutil.copy(own_parts / "ground_truth/burn/000_mask.png", own_parts / "ground_truth/burn/001_mask.png")
-    with pytest.raises(DataError, match=r"^mask of test/burn/001.png: the mask is 16 x 20 and its image 16 x 21"):
+    said = rf"^{own_parts}: mask of test/burn/001.png: the mask is 16 x 20 and its image 16 x 21"
+    with pytest.raises(DataError, match=said):
         write_shards(config_of(own_parts), str(tmp_path / "out"))
 
 
