@@ -15,21 +15,26 @@ from raydiff.overlap import AHEAD, Courier, ahead
 class Source:
     """Numbers, and how many were asked for; ``closed`` once it is."""
 
-    def __init__(self, seconds: float = 0.0, broken_at: int = -1) -> None:
+    def __init__(self, broken_at: int = -1) -> None:
         self.made, self.closed, self.threads = 0, threading.Event(), set[int]()
-        self._seconds, self._broken_at = seconds, broken_at
+        self._broken_at = broken_at
 
     def numbers(self, count: int) -> Iterator[int]:
         try:
             for i in range(count):
                 if i == self._broken_at:
                     raise KeyboardInterrupt(f"at {i}")
-                time.sleep(self._seconds)
                 self.made += 1
                 self.threads.add(threading.get_ident())
                 yield i
         finally:
             self.closed.set()
+
+    def wait_for(self, made: int) -> None:
+        end = time.monotonic() + 20
+        while self.made < made:
+            assert time.monotonic() < end, f"{self.made} were made, not {made}"
+            time.sleep(0.001)
 
 
 def test_the_same_items_in_order_made_by_another_thread() -> None:
@@ -44,6 +49,7 @@ def test_no_more_than_a_few_are_made_in_advance() -> None:
     items = ahead(source.numbers(1000))
     for _ in range(3):
         next(items)
+    source.wait_for(3 + AHEAD + 1)
     time.sleep(0.3)
     assert source.made == 3 + AHEAD + 1
     items.close()
@@ -59,10 +65,9 @@ def test_an_error_comes_where_it_happened() -> None:
 
 
 def test_making_and_using_overlap() -> None:
-    begun = time.monotonic()
-    for _ in ahead(Source(seconds=0.05).numbers(10)):
-        time.sleep(0.05)
-    assert time.monotonic() - begun < 0.85, "one after the other they take a second"
+    source = Source()
+    for item in ahead(source.numbers(10)):
+        source.wait_for(min(10, item + 2))  # the next one is made while this one is used
 
 
 def test_a_courier_on_the_host_carries_nothing() -> None:

@@ -113,6 +113,13 @@ def in_progress(url: str) -> float:
     return next(float(line.split()[1]) for line in lines if line.startswith("raydiff_requests_in_progress "))
 
 
+def timed_out(url: str) -> float:
+    """Requests for a score that the service gave up."""
+    lines = httpx.get(f"{url}/metrics", timeout=10).text.splitlines()
+    head = 'raydiff_requests_total{operation="score",status="504"} '
+    return sum(float(line.removeprefix(head)) for line in lines if line.startswith(head))
+
+
 @dataclass(frozen=True)
 class Answer:
     """``status`` is 0 where the connection broke."""
@@ -154,10 +161,10 @@ def test_a_body_that_does_not_arrive_is_given_up(url: str) -> None:
     started = time.monotonic()
     with begin(url, "Content-Length: 100", b"\x89PNG") as raw:
         said = b"".join(iter(lambda: raw.recv(4096), b""))
-    assert TIMEOUT_S - 0.5 < time.monotonic() - started < TIMEOUT_S + 3
+    assert TIMEOUT_S - 0.5 < time.monotonic() - started < 2 * TIMEOUT_S
     assert said.startswith(b"HTTP/1.1 408")
     assert b"body-timeout" in said
-    until(lambda: in_progress(url) == 0, 2)
+    until(lambda: in_progress(url) == 0, 10)
 
 
 def test_an_answer_that_is_late_is_given_up(url: str, image: bytes) -> None:
@@ -168,7 +175,7 @@ def test_an_answer_that_is_late_is_given_up(url: str, image: bytes) -> None:
         whole = pool.submit(httpx.post, f"{url}/v1/score/batch", files=form, timeout=30)
         response = httpx.post(f"{url}/v1/score", content=image, timeout=30)
         results = whole.result().json()["results"]
-    assert TIMEOUT_S - 0.5 < time.monotonic() - started < TIMEOUT_S + 3
+    assert TIMEOUT_S - 0.5 < time.monotonic() - started < 2 * TIMEOUT_S  # once, and not once more
     assert [result["problem"]["type"] for result in results] == ["timed-out"] * 12
     assert (response.status_code, response.json()["type"]) == (504, "timed-out")
     assert response.headers["retry-after"] == "1"
@@ -201,13 +208,15 @@ def test_where_serve_runs_already_the_command_refuses_and_harms_nothing(url: str
 
 
 def test_who_leaves_while_being_scored_frees_the_place_at_once(url: str, image: bytes) -> None:
-    until(lambda: in_progress(url) == 0, 5)
+    until(lambda: in_progress(url) == 0, 10)
+    late = timed_out(url)
     with hanging(":scorer"), ExitStack() as clients:
         for _ in range(MAX_QUEUED):  # more would be refused: a replica that hangs takes none
             clients.enter_context(begin(url, f"Content-Length: {len(image)}", image))
-        until(lambda: in_progress(url) == MAX_QUEUED, 2)
+        until(lambda: in_progress(url) == MAX_QUEUED, TIMEOUT_S)
         clients.close()
-        assert until(lambda: in_progress(url) == 0, 2) < TIMEOUT_S / 2  # no time-out of the service has passed
+        until(lambda: in_progress(url) == 0, TIMEOUT_S)
+    assert timed_out(url) == late
     until(lambda: httpx.post(f"{url}/v1/score", content=image, timeout=30).status_code == 200, 10)
 
 
@@ -237,10 +246,8 @@ def test_what_takes_requests_may_be_killed(url: str, image: bytes, name: str) ->
         until(lambda: any(answer.status == 200 and answer.began > at + 0.2 for answer in answers), 40)
     failed = [answer for answer in answers if answer.status != 200]
     assert {answer.status for answer in failed} <= ({500, 503} if name == ":door" else {0})
-    assert max((answer.seconds for answer in failed), default=0) < 2
+    assert max((answer.seconds for answer in failed), default=0) < TIMEOUT_S  # not by a time-out
     assert sum(answer.began < at for answer in failed) <= 3  # one of each client
-    assert name != ":door" or all(
-        answer.began < at + 0.5 for answer in failed
-    )  # what comes later waits for the new one
+    assert name != ":door" or all(answer.began < at + 2 for answer in failed)  # what comes later waits for the new one
     assert max(answer.seconds for answer in answers) < 2 * TIMEOUT_S + 5
     assert httpx.post(f"{url}/v1/score", content=image, timeout=30).status_code == 200
