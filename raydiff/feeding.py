@@ -17,7 +17,7 @@ from raydiff.detector import trained_steps
 from raydiff.images import to_tensor
 from raydiff.latents import Latents
 from raydiff.overlap import Courier, Sent
-from raydiff.shards import TrainingBatch
+from raydiff.shards import COPY, TrainingBatch
 from raydiff.views import Key, View, Views
 from raydiff.weighting import Weights
 
@@ -68,7 +68,7 @@ class Feed:
             yield [self._meal(part) for part in _split(batch, self._config.training.accumulation_steps)]
 
     def _meal(self, batch: TrainingBatch) -> Meal:
-        config, size, epoch = self._config, len(batch.ids), int(batch.epochs[-1])
+        config, size, epoch = self._config, len(batch.ids), int(batch.epochs[-1] % COPY)
         batch, counted = self._weights.counted(batch)
         keys = [(config.seed, int(e), i) for e, i in zip(batch.epochs, batch.ids, strict=True)]
         views = self._views.drawn(keys)

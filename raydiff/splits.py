@@ -17,7 +17,7 @@ from raydiff.detector import Crops
 from raydiff.errors import DataError
 from raydiff.images import ImageSpec, images_per_batch, to_tensor
 from raydiff.shards import LabelledImages, ShardSet
-from raydiff.shards.groups import GroupReader
+from raydiff.shards.groups import column_of
 from raydiff.storage import Place
 from raydiff.training import HeldOut
 from raydiff.weighting import Weights, read_weights
@@ -48,9 +48,7 @@ def split_batches(
 
 def image_ids(shards: ShardSet, split: Any) -> list[str]:
     """The ids of all images of a split, in stored order; no image is read."""
-    with GroupReader(shards, split) as reader:
-        groups = (reader.table(group, ("image_id",)) for group in range(len(shards.row_groups(split))))
-        return [image_id for group in groups for image_id in group.column("image_id").to_pylist()]
+    return column_of(shards, split, "image_id")
 
 
 def weights_of(run_dir: Place, shards: ShardSet) -> Weights:

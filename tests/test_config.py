@@ -367,6 +367,7 @@ def test_fields_without_effect_are_the_ones_that_cannot_move_a_score():
         "tiles.crops",
         "tiles.overlap",
         "tiles.size",
+        "training.balance_classes",
     }
     assert {path for path, extra in extras.items() if extra == NO_EFFECT} == {
         "data.cache_mb", "data.grids", "data.shard_format", "data.shard_mb", "data.shards", "data.spaces",

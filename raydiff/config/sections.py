@@ -277,15 +277,14 @@ class TrainingConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norms above this are scaled down")
     ema_decay: float = Field(0.995, ge=0, lt=1, description="per step; 0 keeps the last weights")
     horizontal_flip: bool = Field(False, description="flip half of the training images left to right")
+    balance_classes: bool = Field(False, description="small classes are seen more often", json_schema_extra=WHERE_SET)
     precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast, weights stay float32")
     compile: bool = Field(False, description="torch.compile")
     channels_last: bool = Field(False, description="memory layout NHWC")
     checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints", json_schema_extra=NO_EFFECT)
     keep_checkpoints: int = Field(2, ge=1, json_schema_extra=NO_EFFECT)
     log_every: int = Field(20, ge=1, json_schema_extra=NO_EFFECT)
-    validate_every: int = Field(
-        200, ge=1, description="steps between held-out denoising losses", json_schema_extra=NO_EFFECT
-    )
+    validate_every: int = Field(200, ge=1, description="steps between held-out losses", json_schema_extra=NO_EFFECT)
     validation_images: int = Field(256, ge=1, json_schema_extra=NO_EFFECT)
 
 

@@ -254,7 +254,9 @@ def _stream(config: ExperimentConfig, shards: ShardSet, runtime: RayRuntime) -> 
         return cached(config, shards, rank=runtime.rank, world_size=runtime.world_size)
     from raydiff.distributed.data import streaming
 
-    order = TrainingOrder.of(shards, seed=config.seed, window=config.data.shuffle_window)
+    order = TrainingOrder.of(
+        shards, seed=config.seed, window=config.data.shuffle_window, balance=config.training.balance_classes
+    )
 
     def stream(start_step: int) -> Iterator[TrainingBatch]:
         return streaming(

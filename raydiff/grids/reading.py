@@ -21,7 +21,7 @@ from raydiff.errors import DataError
 from raydiff.grids.layout import METADATA, GridSet, Part
 from raydiff.overlap import ahead
 from raydiff.shards import TrainingBatch, TrainingOrder
-from raydiff.shards.order import Share, Window
+from raydiff.shards.order import Share
 from raydiff.shards.windows import cut, parts_of
 from raydiff.storage import Storage
 from raydiff.views import Views
@@ -177,9 +177,9 @@ def grid_stream(
 
     def blocks() -> Iterator[TrainingBatch]:
         for window in order.windows(share.start):
-            rows = share.of(order, window)
+            rows, epochs = share.of(order, window), share.epochs(order, window)
             for part in parts_of(len(rows), share.rows_before(window), share.rows_per_step, most):
-                yield _block(files, order.seed, window, rows[part], views, labels)
+                yield _block(files, order.seed, epochs[part], rows[part], views, labels)
 
     try:
         with closing(ahead(blocks(), 1)) as pieces:  # the next block is read while this one is trained on
@@ -189,14 +189,19 @@ def grid_stream(
 
 
 def _block(
-    files: GridFiles, seed: int, window: Window, rows: NDArray[np.int64], views: Views, labels: Mapping[str, int]
+    files: GridFiles,
+    seed: int,
+    epochs: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    views: Views,
+    labels: Mapping[str, int],
 ) -> TrainingBatch:
     images = files.images(rows)
-    drawn = views.drawn([(seed, window.epoch, image_id) for image_id, _ in images])
+    drawn = views.drawn([(seed, epoch, name) for epoch, (name, _) in zip(epochs.tolist(), images, strict=True)])
     numbers = np.array([views.index[view] for view in drawn], dtype=np.int64)
     return TrainingBatch(
         [image_id for image_id, _ in images],
-        np.full(len(rows), window.epoch, dtype=np.int64),
+        epochs,
         np.empty((len(rows), 0, 0, 1), dtype=np.uint8),
         np.array([labels[class_name] for _, class_name in images], dtype=np.int64),
         files.read(rows, numbers),

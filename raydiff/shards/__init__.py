@@ -11,11 +11,12 @@ order in which training sees them. Nothing here needs Ray.
 from __future__ import annotations
 
 from raydiff.shards.layout import FORMAT_VERSION, SCHEMA, ShardPlan, ShardRecord, Skipped, plan_shards
-from raydiff.shards.order import TrainingBatch, TrainingOrder, cached_stream, fits_in_memory
+from raydiff.shards.order import COPY, TrainingBatch, TrainingOrder, cached_stream, fits_in_memory
 from raydiff.shards.reading import LabelledImages, ShardSet
 from raydiff.shards.writing import write_shard, write_shards
 
 __all__ = [
+    "COPY",
     "FORMAT_VERSION",
     "SCHEMA",
     "LabelledImages",

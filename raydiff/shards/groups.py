@@ -166,5 +166,17 @@ class GroupReader:
         return self._open[name]
 
 
+def column_of(shards: ShardSet, split: Split, name: str) -> list[Any]:
+    """One column of a split, in stored order; no other is read.
+
+    Raises:
+        DataError: a shard is missing, truncated or garbled; the message names it.
+        StorageError: the place cannot be reached.
+    """
+    with GroupReader(shards, split) as reader:
+        groups = (reader.table(group, (name,)) for group in reader.groups_of(None))
+        return [value for group in groups for value in group.column(name).to_pylist()]
+
+
 def _size(shape: tuple[int, ...]) -> str:
     return " x ".join(str(side) for side in shape)

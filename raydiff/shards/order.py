@@ -2,18 +2,20 @@
 
 Per epoch the row groups are permuted and gathered into windows of about ``window`` images, and the images of a window
 are permuted: nearly a full shuffle, read in large pieces. The epochs follow each other without a gap, and the stream is
-cut into global batches; every batch is full and every image appears exactly once per epoch. Rank r of W takes the r-th
-of W slices of each batch, whose sizes differ by one at most: the number of workers may change in the middle of a run.
+cut into global batches; every batch is full and every image appears exactly once per epoch, or, where classes are
+balanced, as often as brings its class nearest to the largest one. Rank r of W takes the r-th of W slices of each batch,
+whose sizes differ by one at most: the number of workers may change in the middle of a run.
 
 The permutations are keyed by (seed, epoch), so any batch can be found again without replaying those before it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count
+from itertools import count as numbers
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,19 +23,25 @@ import numpy as np
 from raydiff.core.diffusion import keyed_seed
 from raydiff.errors import ConfigError, DataError
 from raydiff.images import ImageSpec
+from raydiff.shards.groups import column_of
 from raydiff.shards.reading import ShardSet
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Share", "TrainingBatch", "TrainingOrder", "Window", "cached_stream", "fits_in_memory"]
+__all__ = ["COPY", "Share", "TrainingBatch", "TrainingOrder", "Window", "cached_stream", "fits_in_memory"]
+
+
+COPY = 2**32
+"""What the epoch of an image has more for each time that it was seen in it already: another view, noise and step."""
 
 
 @dataclass(frozen=True)
 class TrainingBatch:
     """One worker's slice of a global batch.
 
-    ``ids`` has b strings; ``epochs`` int64 (b,), the epoch each image belongs to (a batch may span two or more);
+    ``ids`` has b strings; ``epochs`` int64 (b,), the epoch each image belongs to (a batch may span two or more), and
+    :data:`COPY` more for each time before in the same epoch;
     ``images`` uint8 (b, H, W, C); ``labels`` int64 (b,), indices into ``ShardSet.normal_classes``. Where what a space
     makes of the images was kept (:mod:`raydiff.grids`), ``grids`` is that, float32 (b, *space.shape), and ``images``
     are of no size, (b, 0, 0, C).
@@ -79,27 +87,41 @@ class Window:
 
 @dataclass(frozen=True)
 class TrainingOrder:
-    """A pure function of the sizes of the training split's row groups, a seed and the window in images."""
+    """A pure function of the sizes of the training split's row groups, a seed and the window in images.
+
+    ``repeats`` says of each row, in stored order, how often it is seen in an epoch; once where it is empty.
+    """
 
     row_groups: tuple[int, ...]
     seed: int
     window: int
+    repeats: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, shards: ShardSet, *, seed: int, window: int) -> TrainingOrder:
-        """The order of a shard set's training split.
+    def of(cls, shards: ShardSet, *, seed: int, window: int, balance: bool = False) -> TrainingOrder:
+        """The order of a shard set's training split; with ``balance`` all classes are seen about equally often.
 
         Raises:
-            DataError: the split is empty.
+            DataError: the split is empty, or a shard cannot be read.
         """
         if not shards.count("train"):
             raise DataError(f"{shards.label}: has no training images; run raydiff prepare again")
-        return cls(shards.row_groups("train"), seed, window)
+        repeats = _balancing(column_of(shards, "train", "class_name")) if balance else ()
+        return cls(shards.row_groups("train"), seed, window, repeats)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """What each row group has in an epoch, repeats and all."""
+        if not self.repeats:
+            return self.row_groups
+        seen = np.concatenate([[0], np.cumsum(self.repeats)])
+        sizes: list[int] = (seen[self.first_rows + self.row_groups] - seen[self.first_rows]).tolist()
+        return tuple(sizes)
 
     @cached_property
     def num_rows(self) -> int:
-        """Images per epoch."""
-        return sum(self.row_groups)
+        """Images per epoch, repeats and all."""
+        return sum(self.sizes)
 
     @cached_property
     def first_rows(self) -> NDArray[np.int64]:
@@ -112,27 +134,45 @@ class TrainingOrder:
         groups: list[int] = []
         rows = index = 0
         for group in _permutation(len(self.row_groups), "groups", self.seed, epoch).tolist():
-            if groups and rows + self.row_groups[group] > self.window:
+            if groups and rows + self.sizes[group] > self.window:
                 yield Window(epoch, index, start, tuple(groups), rows)
                 start, index, groups, rows = start + rows, index + 1, [], 0
             groups.append(group)
-            rows += self.row_groups[group]
+            rows += self.sizes[group]
         yield Window(epoch, index, start, tuple(groups), rows)
 
     def windows(self, position: int = 0) -> Iterator[Window]:
         """All windows from the one that holds ``position`` of the stream on, without end."""
-        for epoch in count(position // self.num_rows):
+        for epoch in numbers(position // self.num_rows):
             for window in self.epoch(epoch):
                 if window.start + window.num_rows > position:
                     yield window
 
     def rows(self, window: Window) -> NDArray[np.int64]:
         """(num_rows,): the window's images in training order, as row numbers of the split in stored order."""
-        stored = np.concatenate(
+        rows, _ = self._stored(window)
+        shuffled: NDArray[np.int64] = rows[self._shuffle(window)]
+        return shuffled
+
+    def epochs(self, window: Window) -> NDArray[np.int64]:
+        """(num_rows,): of the same images their epoch, and :data:`COPY` more for each time before in it."""
+        _, copies = self._stored(window)
+        epochs: NDArray[np.int64] = window.epoch + COPY * copies[self._shuffle(window)]
+        return epochs
+
+    def _stored(self, window: Window) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The window's row numbers in stored order, and how often each was there before."""
+        rows = np.concatenate(
             [np.arange(self.row_groups[group], dtype=np.int64) + self.first_rows[group] for group in window.groups]
         )
-        shuffled: NDArray[np.int64] = stored[_permutation(len(stored), "rows", self.seed, window.epoch, window.index)]
-        return shuffled
+        if not self.repeats:
+            return rows, np.zeros_like(rows)
+        times = np.array(self.repeats, dtype=np.int64)[rows]
+        before = np.repeat(np.cumsum(times) - times, times)
+        return np.repeat(rows, times), np.arange(len(before)) - before
+
+    def _shuffle(self, window: Window) -> NDArray[np.int64]:
+        return _permutation(window.num_rows, "rows", self.seed, window.epoch, window.index)
 
     def locate(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Row group, and row inside it, of row numbers (k,): two arrays (k,)."""
@@ -181,14 +221,22 @@ class Share:
 
     def of(self, order: TrainingOrder, window: Window, stop_step: int | None = None) -> NDArray[np.int64]:
         """The row numbers of a window that are this worker's, in training order; ``stop_step`` is exclusive."""
+        taken: NDArray[np.int64] = order.rows(window)[self._mine(window, stop_step)]
+        return taken
+
+    def epochs(self, order: TrainingOrder, window: Window, stop_step: int | None = None) -> NDArray[np.int64]:
+        """Of the same images their epochs (:meth:`TrainingOrder.epochs`)."""
+        taken: NDArray[np.int64] = order.epochs(window)[self._mine(window, stop_step)]
+        return taken
+
+    def _mine(self, window: Window, stop_step: int | None) -> NDArray[np.bool_]:
         positions = window.start + np.arange(window.num_rows)
         rows = positions % self.batch_size
         mine = (rows >= self.first_row) & (rows < self.first_row + self.rows_per_step)
         mine &= positions >= self.start
         if stop_step is not None:
             mine &= positions < stop_step * self.batch_size
-        taken: NDArray[np.int64] = order.rows(window)[mine]
-        return taken
+        return mine
 
 
 def fits_in_memory(shards: ShardSet, spec: ImageSpec, cache_mb: int) -> bool:
@@ -228,8 +276,9 @@ def cached_stream(
 
 
 def _from_memory(shards: ShardSet, spec: ImageSpec, order: TrainingOrder, share: Share) -> Iterator[TrainingBatch]:
-    images = np.empty((order.num_rows, *spec.image_size, spec.channels), dtype=np.uint8)  # (N, H, W, C)
-    labels = np.empty(order.num_rows, dtype=np.int64)
+    count = shards.count("train")
+    images = np.empty((count, *spec.image_size, spec.channels), dtype=np.uint8)  # (N, H, W, C)
+    labels = np.empty(count, dtype=np.int64)
     ids: list[str] = []
     for part in shards.read("train", spec):
         images[len(ids) : len(ids) + len(part.ids)] = part.images
@@ -238,13 +287,19 @@ def _from_memory(shards: ShardSet, spec: ImageSpec, order: TrainingOrder, share:
     rows, epochs = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     size = share.rows_per_step
     for window in order.windows(share.start):
-        taken = share.of(order, window)
-        rows = np.concatenate([rows, taken])
-        epochs = np.concatenate([epochs, np.full(len(taken), window.epoch, dtype=np.int64)])
+        rows = np.concatenate([rows, share.of(order, window)])
+        epochs = np.concatenate([epochs, share.epochs(order, window)])
         while len(rows) >= size:
             batch, rows = rows[:size], rows[size:]
             yield TrainingBatch([ids[row] for row in batch], epochs[:size], images[batch], labels[batch])
             epochs = epochs[size:]
+
+
+def _balancing(classes: Sequence[str]) -> tuple[int, ...]:
+    """How often each image is to be seen so that its class comes nearest to the largest one."""
+    count = Counter(classes)
+    largest = max(count.values())
+    return tuple(round(largest / count[name]) for name in classes)
 
 
 def _permutation(size: int, *key: int | str) -> NDArray[np.int64]:

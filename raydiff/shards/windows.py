@@ -25,9 +25,9 @@ __all__ = ["StoredChunk", "cut", "parts_of", "stored_chunks"]
 
 @dataclass(frozen=True)
 class StoredChunk:
-    """Consecutive images of a worker's stream, not decoded; ``labels`` int64 (n,)."""
+    """Consecutive images of a worker's stream, not decoded; ``epochs`` and ``labels`` int64 (n,)."""
 
-    epoch: int
+    epochs: NDArray[np.int64]
     images: list[StoredImage]
     labels: NDArray[np.int64]
 
@@ -40,8 +40,7 @@ class StoredChunk:
         pixels = np.empty((len(self.images), *spec.image_size, spec.channels), dtype=np.uint8)  # (n, H, W, C)
         for row, image in zip(pixels, self.images, strict=True):
             row[...] = image.pixels(spec)
-        epochs = np.full(len(self.images), self.epoch, dtype=np.int64)
-        return TrainingBatch([image.image_id for image in self.images], epochs, pixels, self.labels)
+        return TrainingBatch([image.image_id for image in self.images], self.epochs, pixels, self.labels)
 
 
 def stored_chunks(
@@ -60,7 +59,7 @@ def stored_chunks(
     Raises:
         DataError: a shard cannot be read; the message names it.
     """
-    rows = share.of(order, window, stop_step)
+    rows, epochs = share.of(order, window, stop_step), share.epochs(order, window, stop_step)
     groups, inside = order.locate(rows)
     images: list[StoredImage | None] = [None] * len(rows)
     labels = np.empty(len(rows), dtype=np.int64)
@@ -75,7 +74,7 @@ def stored_chunks(
     for part in parts_of(len(rows), share.rows_before(window), share.rows_per_step, rows_per_chunk):
         chunk = [image for image in images[part] if image is not None]
         images[part] = [None] * len(chunk)  # what was handed on is held no longer
-        yield StoredChunk(window.epoch, chunk, labels[part])
+        yield StoredChunk(epochs[part], chunk, labels[part])
 
 
 def parts_of(count: int, before: int, batch: int, most: int) -> Iterator[slice]:
