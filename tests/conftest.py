@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
+from sklearn.datasets import load_digits
 from torch import Tensor
 
 from raydiff.config import ExperimentConfig
@@ -67,6 +69,25 @@ def feature_config(tiny_config: ExperimentConfig, tmp_path_factory: pytest.TempP
 @pytest.fixture(scope="session")
 def digit_shards(tiny_config: ExperimentConfig, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     return write_shards(tiny_config.data, str(tmp_path_factory.mktemp("digits") / "shards"))
+
+
+@pytest.fixture(scope="session")
+def uneven_config(tiny_config: ExperimentConfig, tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
+    """Digits of two classes, 30 and 7 of them to learn from, that are balanced."""
+    folder, digits = tmp_path_factory.mktemp("uneven"), load_digits()
+    for name, digit, count in (("many", 0, 41), ("few", 1, 10)):
+        (folder / name / "train/good").mkdir(parents=True)
+        for number, image in enumerate(digits.images[digits.target == digit][:count]):
+            path = folder / name / ("train/good" if number else "test/good") / f"{number:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((image * 15.9).astype("uint8")).save(path)
+    dataset = {"name": "folder", "source": str(folder), "categories": ["many", "few"]}
+    return tiny_config.override({"data.dataset": dataset, "training.balance_classes": True})
+
+
+@pytest.fixture(scope="session")
+def uneven_shards(uneven_config: ExperimentConfig, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    return write_shards(uneven_config.data, str(tmp_path_factory.mktemp("uneven") / "shards"))
 
 
 @pytest.fixture(scope="session")

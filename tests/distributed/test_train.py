@@ -20,7 +20,7 @@ from raydiff.config import ExperimentConfig
 from raydiff.detector import load_detector
 from raydiff.errors import ConfigError, TrainingError, WorkerError
 from raydiff.experiment import fit_locally
-from raydiff.shards import ShardSet, write_shards
+from raydiff.shards import ShardSet
 from raydiff.tracking import read_metrics
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
@@ -72,13 +72,15 @@ def test_one_two_and_no_workers_learn_the_same(
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_streamed_training_equals_cached_training(tiny_config: ExperimentConfig, tmp_path: Path) -> None:
-    """Of several classes that count the same."""
-    config = tiny_config.override({"data.dataset.normal": ["0", "1"], "training.balance_classes": True})
-    shards = write_shards(config.data, str(tmp_path / "shards"))
-    cached = fit_locally(config, tmp_path / "cached", shards)
-    fit(config.override({"data.cache_mb": 0}), tmp_path / "streamed", shards)
+def test_streamed_training_equals_cached_training(
+    uneven_config: ExperimentConfig, uneven_shards: ShardSet, tmp_path: Path
+) -> None:
+    """With classes that are balanced."""
+    cached = fit_locally(uneven_config, tmp_path / "cached", uneven_shards)
+    fit(uneven_config.override({"data.cache_mb": 0}), tmp_path / "streamed", uneven_shards)
     assert same(cached.network.state_dict(), final_weights(tmp_path / "streamed"))  # type: ignore[attr-defined]
+    plain = fit_locally(uneven_config.override({"training.balance_classes": False}), tmp_path / "plain", uneven_shards)
+    assert not same(cached.network.state_dict(), plain.network.state_dict())  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow

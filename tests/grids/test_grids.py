@@ -84,6 +84,18 @@ def test_no_bit_of_the_result_changes(
     assert not made[1], "the second run found them"
 
 
+def test_balanced_classes_are_streamed_from_grids_too(
+    feature_config: ExperimentConfig, uneven_config: ExperimentConfig, uneven_shards: ShardSet, tmp_path: Path
+) -> None:
+    config = feature_config.override({"data.dataset": uneven_config.data.dataset.model_dump(), **WAYS["views"]})
+    config = config.override({"training.balance_classes": True, "space.num_fit_images": 20})
+    remembered = trained(config, tmp_path / "remembered", uneven_shards)
+    assert (
+        trained(config.override({"data.grids": str(tmp_path / "grids")}), tmp_path / "kept", uneven_shards)
+        == remembered
+    )
+
+
 def test_a_run_that_is_resumed_reads_on_and_ends_the_same(
     feature_config: ExperimentConfig, digit_shards: ShardSet, tmp_path: Path, encoded: list[int]
 ) -> None:

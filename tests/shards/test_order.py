@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raydiff.config import ExperimentConfig
 from raydiff.errors import ConfigError, DataError
 from raydiff.images import ImageSpec
-from raydiff.shards import ShardSet, TrainingBatch, TrainingOrder, cached_stream, fits_in_memory
+from raydiff.shards import COPY, ShardSet, TrainingBatch, TrainingOrder, cached_stream, fits_in_memory
 from raydiff.shards.order import Share
 from raydiff.shards.windows import cut, stored_chunks
 
@@ -27,32 +28,37 @@ def rows_of(order: TrainingOrder, share: Share, stop_step: int) -> list[int]:
     return rows
 
 
-orders = st.builds(
-    TrainingOrder,
-    st.lists(st.integers(1, 9), min_size=1, max_size=12).map(tuple),
-    st.integers(0, 99),
-    st.integers(1, 40),
-)
+@st.composite
+def orders(draw: st.DrawFn) -> TrainingOrder:
+    groups = draw(st.lists(st.integers(1, 9), min_size=1, max_size=12))
+    repeats = draw(st.just([]) | st.lists(st.integers(1, 4), min_size=sum(groups), max_size=sum(groups)))
+    return TrainingOrder(tuple(groups), draw(st.integers(0, 99)), draw(st.integers(1, 40)), tuple(repeats))
 
 
 @settings(max_examples=60, deadline=None)
-@given(orders, st.integers(0, 3))
-def test_every_image_once_per_epoch(order: TrainingOrder, epoch: int) -> None:
+@given(orders(), st.integers(0, 3))
+def test_every_image_as_often_as_it_should_per_epoch(order: TrainingOrder, epoch: int) -> None:
+    """Once, or with repeats each time as if in an epoch of its own."""
     windows = list(order.epoch(epoch))
     rows = np.concatenate([order.rows(window) for window in windows])
-    assert sorted(rows.tolist()) == list(range(order.num_rows))
+    epochs = np.concatenate([order.epochs(window) for window in windows])
+    times = order.repeats or (1,) * sum(order.row_groups)
+    assert len(rows) == order.num_rows
+    assert sorted(zip(rows.tolist(), epochs.tolist(), strict=True)) == [
+        (row, epoch + COPY * copy) for row, count in enumerate(times) for copy in range(count)
+    ]
     assert [window.start for window in windows] == list(
         epoch * order.num_rows + np.cumsum([0, *(window.num_rows for window in windows[:-1])])
     )
     for window in windows:
-        assert window.num_rows <= max(order.window, max(order.row_groups))
+        assert window.num_rows <= max(order.window, max(order.sizes))
         groups, inside = order.locate(order.rows(window))
         assert set(groups.tolist()) == set(window.groups)
         assert (inside < np.array(order.row_groups)[groups]).all()
 
 
 @settings(max_examples=60, deadline=None)
-@given(orders, st.integers(7, 12), st.integers(0, 7), st.sampled_from([1, 2, 3, 5, 7]))
+@given(orders(), st.integers(7, 12), st.integers(0, 7), st.sampled_from([1, 2, 3, 5, 7]))
 def test_slices_of_the_ranks_make_the_global_batch(order: TrainingOrder, batch: int, start: int, world: int) -> None:
     """Whatever the number of workers, which may change from one step to the next."""
     stop = start + 5
@@ -83,6 +89,30 @@ def test_the_order_is_pinned() -> None:
     ]
 
 
+def test_the_order_with_repeats_is_pinned() -> None:
+    order = TrainingOrder((3, 2), seed=7, window=5, repeats=(1, 1, 2, 1, 3))
+    windows = list(islice(order.windows(), 3))
+    assert [order.rows(window).tolist() for window in windows] == [[1, 2, 0, 2], [4, 4, 4, 3], [2, 1, 2, 0]]
+    assert [(order.epochs(window) // COPY).tolist() for window in windows] == [[0, 0, 0, 1], [1, 2, 0, 0], [0, 0, 1, 0]]
+
+
+def test_small_classes_are_seen_as_often_as_the_largest(
+    uneven_config: ExperimentConfig, uneven_shards: ShardSet
+) -> None:
+    """30 of one, 7 of the other: four times each, with another view and noise each time."""
+    order = TrainingOrder.of(uneven_shards, seed=5, window=20, balance=True)
+    assert order.num_rows == 30 + 4 * 7
+    spec = ImageSpec.of(uneven_config.data)
+    taken = list(islice(cached_stream(uneven_shards, spec, order, batch_size=29), 4))
+    keys = [key for batch in taken for key in zip(batch.ids, batch.epochs.tolist(), strict=True)]
+    assert len(set(keys)) == len(keys) == 2 * order.num_rows
+    labels = Counter(label for batch in taken for label in batch.labels.tolist())
+    assert labels == {uneven_shards.classes.index("many"): 60, uneven_shards.classes.index("few"): 56}
+    later = next(cached_stream(uneven_shards, spec, order, batch_size=29, start_step=3))
+    assert later.ids == taken[3].ids
+    assert np.array_equal(later.epochs, taken[3].epochs)
+
+
 def test_the_window_mixes(digit_shards: ShardSet) -> None:
     order = TrainingOrder((64,) * 64, seed=0, window=4096)
     rows = order.rows(next(order.epoch(0)))
@@ -91,8 +121,8 @@ def test_the_window_mixes(digit_shards: ShardSet) -> None:
     assert len(set(groups.tolist())) > 30
 
 
-def batches(shards: ShardSet, count: int, **where: int) -> list[TrainingBatch]:
-    order = TrainingOrder.of(shards, seed=5, window=100)
+def batches(shards: ShardSet, count: int, balance: bool = False, **where: int) -> list[TrainingBatch]:
+    order = TrainingOrder.of(shards, seed=5, window=100, balance=balance)
     return list(islice(cached_stream(shards, SPEC, order, batch_size=48, **where), count))
 
 
@@ -135,16 +165,20 @@ def test_batches_larger_than_the_data_set(part_shards: ShardSet) -> None:
 
 
 @pytest.mark.parametrize("rows_per_chunk", [1, 7, 1000])
-def test_windows_read_from_shards_equal_the_cached_stream(digit_shards: ShardSet, rows_per_chunk: int) -> None:
-    order = TrainingOrder.of(digit_shards, seed=5, window=100)
+@pytest.mark.parametrize("fixture", ["digit_shards", "uneven_shards"])
+def test_windows_read_from_shards_equal_the_cached_stream(
+    fixture: str, rows_per_chunk: int, request: pytest.FixtureRequest
+) -> None:
+    shards, balance = request.getfixturevalue(fixture), fixture == "uneven_shards"
+    order = TrainingOrder.of(shards, seed=5, window=100, balance=balance)
     for rank, world_size in ((0, 1), (1, 2), (2, 4), (4, 5)):
         share = Share(48, 3, rank, world_size)
         pieces = (
             chunk.decode(SPEC)
             for window in order.windows(share.start)
-            for chunk in stored_chunks(digit_shards, order, share, window, rows_per_chunk=rows_per_chunk)
+            for chunk in stored_chunks(shards, order, share, window, rows_per_chunk=rows_per_chunk)
         )
-        expected = batches(digit_shards, 20, start_step=3, rank=rank, world_size=world_size)
+        expected = batches(shards, 20, balance, start_step=3, rank=rank, world_size=world_size)
         for mine, theirs in zip(islice(cut(pieces, share.rows_per_step), 20), expected, strict=True):
             assert mine.ids == theirs.ids
             assert np.array_equal(mine.images, theirs.images)
