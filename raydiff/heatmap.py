@@ -1,4 +1,4 @@
-"""Heat maps a person can read: an anomaly map laid over its image.
+"""Heat maps a person can read: an anomaly map laid over its image, or over the photo that it was made from.
 
 The picture depends on the image and the artefact alone, so two heat maps can be compared: colour begins at the map's
 median and is half-way up its scale at the calibrated ``mask_threshold``, which few normal images reach.
@@ -6,18 +6,97 @@ median and is half-way up its scale at the calibrated ``mask_threshold``, which 
 
 from __future__ import annotations
 
+import io
+from dataclasses import dataclass, replace
+
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from raydiff.errors import ShapeError
+from raydiff.images import DecodedImage, ImageSpec, decode
 
-__all__ = ["blend", "enlarge", "heat", "layer", "overlay"]
+__all__ = ["Pictures", "blend", "drawn", "enlarge", "heat", "layer", "overlay"]
+
+_LONGEST = 1024
+"""Longest side in pixels of pictures of images whose parts were turned."""
 
 _STOPS = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
 _COLOURS = np.array(  # inferno without its black end: ordered by lightness, so it also reads without colour
     [[66, 10, 104], [147, 38, 103], [221, 81, 58], [252, 165, 10], [252, 255, 164]]
 )
 _OPACITY = np.array([0.0, 0.35, 0.7, 0.8, 0.9])
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """PNG files; None where the detector has no such thing.
+
+    ``heat_map`` is the image in grey under the colours; ``heat_layer`` the colours alone, with opacity (RGBA).
+    """
+
+    heat_map: bytes | None = None
+    heat_layer: bytes | None = None
+    reconstruction: bytes | None = None
+
+
+def drawn(
+    data: bytes,
+    spec: ImageSpec,
+    image: DecodedImage,
+    level: NDArray[np.float64] | None,
+    reconstruction: NDArray[np.uint8] | None,
+) -> Pictures:
+    """Heat map, layer and reconstruction of what the file shows: no padding, and what was turned is turned back.
+
+    They have the detector's resolution times a whole number, or, where the part was turned, the file's, at most 1,024
+    pixels: laid over the upright original and stretched to it they fit.
+
+    Args:
+        data: the file.
+        spec: by which it was decoded.
+        image: what came of that.
+        level: (H, W) in [0, 1], of the detector's pixels; without one there is no heat map.
+        reconstruction: uint8 (H, W, C).
+    """
+    inside = image.placement.inside
+    level = None if level is None else level[inside]
+    if image.placement.pose is not None:
+        return _turned_back(data, spec, image, level, reconstruction)
+    rebuilt = None if reconstruction is None else _png(reconstruction[inside])
+    if level is None:
+        return Pictures(reconstruction=rebuilt)
+    return Pictures(_png(blend(image.pixels[inside], level)), _png(layer(level)), rebuilt)
+
+
+def _turned_back(
+    data: bytes,
+    spec: ImageSpec,
+    image: DecodedImage,
+    level: NDArray[np.float64] | None,
+    reconstruction: NDArray[np.uint8] | None,
+) -> Pictures:
+    """On the whole original; beyond the canvas there is no colour."""
+    placement = image.placement
+    scale = min(placement.scale, _LONGEST / max(placement.height, placement.width))
+    size = (max(1, round(placement.height * scale)), max(1, round(placement.width * scale)))
+    original = decode(data, replace(spec, image_size=size, resize="stretch", aligned_width=None), "image")
+    heat_map = heat_layer = rebuilt = None
+    if level is not None:
+        turned = placement.back(level[..., None], size)[..., 0]
+        heat_map, heat_layer = _png(blend(original, turned)), _png(layer(turned))
+    if reconstruction is not None:
+        turned = placement.back(reconstruction.astype(np.float64), size)
+        joined = np.where(turned[..., -1:] > 0, turned[..., :-1], original)
+        rebuilt = _png(np.round(joined).clip(0, 255).astype(np.uint8))
+    return Pictures(heat_map, heat_layer, rebuilt)
+
+
+def _png(pixels: NDArray[np.uint8]) -> bytes:
+    large = enlarge(pixels)
+    buffer = io.BytesIO()
+    Image.fromarray(large[:, :, 0] if large.shape[2] == 1 else large).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 def heat(anomaly_map: NDArray[np.floating], mask_threshold: float | None) -> NDArray[np.float64]:

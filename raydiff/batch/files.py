@@ -26,8 +26,8 @@ from raydiff.contracts import Prediction
 from raydiff.detector import Detector
 from raydiff.errors import ConfigError, DataError, NotCalibratedError, ScoreError, StorageError
 from raydiff.evaluation import Progress, predict_named
-from raydiff.heatmap import enlarge, overlay
-from raydiff.images import ImageSpec, decode, encode_png, find_images, images_per_batch, to_tensor, to_uint8
+from raydiff.heatmap import drawn, heat
+from raydiff.images import ImageSpec, decode, decode_file, find_images, images_per_batch, to_tensor, to_uint8
 
 __all__ = [
     "SCHEMA", "PictureFolder", "ScoreSummary", "ScoredFile", "Table", "name_of", "open_table", "read_bytes",
@@ -113,7 +113,7 @@ def score_files(
             rows = _rows(part, errors, prediction, threshold)
             table.write(rows)
             if pictures is not None and prediction is not None:
-                _draw(pictures, good, images, prediction, detector)
+                _draw(pictures, good, prediction, detector)
             num_anomalous += sum(bool(row.is_anomaly) for row in rows)
             num_bad += len(part) - len(good)
             if progress is not None:
@@ -169,20 +169,20 @@ def _rows(
     return rows
 
 
-def _draw(
-    pictures: PictureFolder, paths: Sequence[Path], images: NDArray[np.uint8], prediction: Prediction,
-    detector: Detector,
-) -> None:  # fmt: skip
-    """A heat map and a reconstruction for each image (B, H, W, C)."""
+def _draw(pictures: PictureFolder, paths: Sequence[Path], prediction: Prediction, detector: Detector) -> None:
+    """A heat map and a reconstruction for each image, on what its file shows."""
     calibration, maps = detector.calibration, prediction.anomaly_map
     if maps is None or calibration is None:
         raise ConfigError(f"{detector.name} draws no anomaly maps; leave out the folder for maps")
     rebuilt = None if prediction.reconstruction is None else to_uint8(prediction.reconstruction)
+    spec = detector.image_spec
     for i, path in enumerate(paths):
-        heat_map = overlay(images[i], maps[i, 0].cpu().numpy(), calibration.mask_threshold)
-        pictures.save(path, "heatmap", encode_png(enlarge(heat_map)))
-        if rebuilt is not None:
-            pictures.save(path, "reconstruction", encode_png(enlarge(rebuilt[i])))
+        data = read_bytes(path)
+        level = heat(maps[i, 0].cpu().numpy(), calibration.mask_threshold)
+        made = drawn(data, spec, decode_file(data, spec, name_of(path)), level, None if rebuilt is None else rebuilt[i])
+        for what, png in (("heatmap", made.heat_map), ("reconstruction", made.reconstruction)):
+            if png is not None:
+                pictures.save(path, what, png)
 
 
 class PictureFolder:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from raydiff.batch import ScoreSummary, score_files
 from raydiff.config import ExperimentConfig
@@ -117,6 +117,33 @@ def test_heat_maps_and_reconstructions_carry_the_names_of_their_images(detector,
     score_files(detector, [folder / "a" / "0.png"], tmp_path / "s.jsonl", maps_dir=tmp_path / "one")
     alone = np.asarray(Image.open(tmp_path / "one" / "0.png.heatmap.png"))
     assert np.array_equal(alone, heat_map)  # a heat map does not depend on its neighbours
+
+
+def opened(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.copy()
+
+
+def test_pictures_show_the_photo_and_not_the_canvas(tmp_path):
+    """A light bar that lies askew, with a white end: the colours are where that is, as in an answer of ``serve``."""
+    photo = Image.new("L", (96, 72), 40)
+    pen = ImageDraw.Draw(photo)
+    pen.line((20, 15, 70, 55), fill=120, width=9)
+    pen.ellipse((64, 49, 76, 61), fill=255)
+    photo.save(tmp_path / "part.png")
+    config = ExperimentConfig().override({"data.image_size": [32, 64], "data.align": "principal_axis"})
+    asked = BrightnessDetector(config=config).calibrate(torch.rand(20, 1, 32, 64) * 0.3)
+    score_files(asked, [tmp_path / "part.png"], tmp_path / "s.csv", maps_dir=tmp_path / "maps")
+    shown = opened(tmp_path / "maps" / "part.png.heatmap.png")
+    assert shown.width / shown.height == pytest.approx(96 / 72, rel=0.05)
+    pixels = np.asarray(shown.resize((96, 72))).astype(int)
+    coloured = np.argwhere(np.ptp(pixels, axis=-1) > 100)
+    assert np.abs(coloured.mean(0) - [55, 70]).max() < 3
+    assert opened(tmp_path / "maps" / "part.png.reconstruction.png").size == shown.size
+    padded = BrightnessDetector(config=ExperimentConfig().override({"data.resize": "pad"}))
+    padded = padded.calibrate(small_images(20) * 0.3)
+    score_files(padded, [tmp_path / "part.png"], tmp_path / "s.csv", maps_dir=tmp_path / "padded")
+    assert opened(tmp_path / "padded" / "part.png.heatmap.png").size == (128, 96)
 
 
 def test_a_bad_image_stops_the_work_and_leaves_an_earlier_table_as_it_was(detector, folder, tmp_path):
