@@ -33,7 +33,7 @@ from raydiff.video.recording import (
     refuse_scored,
 )
 from raydiff.video.scoring import ScoredFrame, normal_scores, score_frames
-from raydiff.video.smoothing import smoother_of
+from raydiff.video.smoothing import Smoother, smoother_of
 
 __all__ = ["PAGE", "VideoOptions", "VideoSummary", "onset_detector", "score_video"]
 
@@ -119,35 +119,14 @@ def score_video(
     options = options or VideoOptions()
     if detector.calibration is None:
         raise NotCalibratedError(f"{detector.name} has no threshold; calibrate it before it scores video")
-    begun, folder, live = time.monotonic(), Path(out), is_stream(str(source))
-    last, age = None, 0.0
-    if not resume:
-        refuse_scored(folder)
+    begun, folder, in_time = time.monotonic(), Path(out), options.real_time or is_stream(str(source))
+    mask_threshold = detector.calibration.mask_threshold
     with ExitStack() as stack:
-        if resume:
-            read_events(folder)  # a folder that is not there is not made by its lock
-            stack.enter_context(alone_in(folder))
-            last, age = last_place(folder)
-        frames = stack.enter_context(
-            open_frames(
-                source, detector.image_spec, fps=options.fps, follow=options.follow, skip_bad=options.skip_bad,
-                done=last, offset=age,
-            )
-        )  # fmt: skip
-        smoother, onset = smoother_of(options.smooth), onset_detector(detector, options, frames.interval)
-        if not resume:
-            stack.enter_context(alone_in(folder))
-            refuse_scored(folder)  # another command may have come first
-        mask_threshold = detector.calibration.mask_threshold
-        recorder = stack.enter_context(
-            Recorder(folder, _about(detector, source, options, onset), mask_threshold=mask_threshold, resume=resume)
-        )
-        if resume:
-            recorder.replay(smoother, onset)
+        open_folder = _gone_on_with if resume else _begun
+        frames, smoother, onset, recorder = open_folder(stack, detector, source, folder, options)
         annotator = None
         if options.annotate:
             annotator = stack.enter_context(Annotator(_free(folder / ANNOTATED), frames.interval, mask_threshold))
-        in_time = options.real_time or live
         size = options.batch_size or (_LIVE_BATCH if in_time else images_per_batch(detector.config))
         taken = stack.enter_context(closing(batches(frames, size, every=options.every, real_time=in_time)))
         scored = score_frames(detector, taken, smoother=smoother, onset=onset)
@@ -159,6 +138,53 @@ def score_video(
             recorder.finish(finished=finished, parquet=options.parquet)
             _write_page(folder)
     return VideoSummary(recorder.tally, tuple(recorder.events.values()), time.monotonic() - begun, onset.settings.rule)
+
+
+_Opened = tuple[FrameSource, Smoother, OnsetDetector, Recorder]
+
+
+def _begun(
+    stack: ExitStack, detector: Detector, source: str | Path, folder: Path, options: VideoOptions
+) -> _Opened:  # fmt: skip
+    """A folder that holds no rows; nothing is made before the source and the test are known to work."""
+    refuse_scored(folder)
+    frames = stack.enter_context(_frames(detector, source, options))
+    onset = onset_detector(detector, options, frames.interval)
+    stack.enter_context(alone_in(folder))
+    refuse_scored(folder)  # another command may have come first
+    recorder = stack.enter_context(_recorder(detector, source, folder, options, onset))
+    return frames, smoother_of(options.smooth), onset, recorder
+
+
+def _gone_on_with(
+    stack: ExitStack, detector: Detector, source: str | Path, folder: Path, options: VideoOptions
+) -> _Opened:  # fmt: skip
+    """A folder that holds rows, behind its last; the smoother and the test are where they were."""
+    read_events(folder)  # a folder that is not there is not made by its lock
+    stack.enter_context(alone_in(folder))
+    last, age = last_place(folder)
+    frames = stack.enter_context(_frames(detector, source, options, done=last, offset=age))
+    smoother, onset = smoother_of(options.smooth), onset_detector(detector, options, frames.interval)
+    recorder = stack.enter_context(_recorder(detector, source, folder, options, onset, resume=True))
+    recorder.replay(smoother, onset)
+    return frames, smoother, onset, recorder
+
+
+def _frames(
+    detector: Detector, source: str | Path, options: VideoOptions, **behind: Any
+) -> FrameSource:  # fmt: skip
+    return open_frames(
+        source, detector.image_spec, fps=options.fps, follow=options.follow, skip_bad=options.skip_bad, **behind
+    )
+
+
+def _recorder(
+    detector: Detector, source: str | Path, folder: Path, options: VideoOptions, onset: OnsetDetector, *,
+    resume: bool = False,
+) -> Recorder:  # fmt: skip
+    assert detector.calibration is not None  # noqa: S101
+    about = _about(detector, source, options, onset)
+    return Recorder(folder, about, mask_threshold=detector.calibration.mask_threshold, resume=resume)
 
 
 def onset_detector(detector: Detector, options: VideoOptions, interval: float) -> OnsetDetector:
