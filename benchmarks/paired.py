@@ -3,7 +3,8 @@
     raydiff benchmark examples/suites/in_place.yaml --data DATA --out OUT
     python -m benchmarks.paired OUT --of "per cell, diffusion"
 
-Each data set apart, over seeds and images, with 95 % intervals; both methods saw the same seeds' images.
+Each data set apart, over seeds and images, with 95 % intervals; both methods saw the same seeds' images. With
+``--folders`` the first folders of images of one data set (its categories, in one_for_all.yaml) stand in for data sets.
 """
 
 from __future__ import annotations
@@ -66,14 +67,31 @@ def rows_of(folders: Iterable[Path]) -> dict[str, dict[Key, Predictions]]:
     return found
 
 
+def by_folder(rows: Mapping[Key, Predictions]) -> dict[Key, Predictions]:
+    """The same with the first folder of the images' ids for the data set."""
+    found: dict[Key, Predictions] = {}
+    for (_, seed), whole in rows.items():
+        folders = np.array([image_id.partition("/")[0] for image_id in whole.ids])
+        for folder in np.unique(folders).tolist():
+            there = np.flatnonzero(folders == folder)
+            found[folder, seed] = Predictions(
+                [whole.ids[i] for i in there], [whole.defects[i] for i in there], whole.labels[there],
+                whole.scores[there], whole.p_values[there], whole.verdicts[there],
+            )  # fmt: skip
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmarks", type=Path, nargs="+", metavar="OUT")
     parser.add_argument("--of", required=True, metavar="METHOD")
     parser.add_argument("--against", nargs="+", metavar="METHOD", help="all others by default")
+    parser.add_argument("--folders", action="store_true", help="the first folders of images apart")
     arguments = parser.parse_args()
     print(f"{hardware('cpu')}; commit {source_commit()}\n{arguments.of} minus", flush=True)
     rows = rows_of(arguments.benchmarks)
+    if arguments.folders:
+        rows = {name: by_folder(found) for name, found in rows.items()}
     for name in (arguments.of, *(arguments.against or ())):
         if name not in rows:
             raise SystemExit(f"no method is called {name!r} there; there are: {', '.join(sorted(rows))}")

@@ -1,6 +1,6 @@
 """Two feature-space detectors as one, fine and deep levels, beside patch-kNN on the same network.
 
-    python -m benchmarks.pyramid BENCHMARK [BENCHMARK ...] --out RESULTS [--evaluations 1 3 10] [--normalise step]
+    python -m benchmarks.pyramid BENCHMARK [BENCHMARK ...] --out RESULTS [--evaluations 1 3 10] [--normalise step] [--folders]
 
 Each ``BENCHMARK`` is the output folder of ``raydiff benchmark examples/suites/industrial.yaml``, ``aligned.yaml`` or
 ``one_for_all.yaml`` (several where it was run in parts). For every category and seed of which it trained ``features``
@@ -22,15 +22,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from benchmarks.paired import Key, differences, shards_of
+from benchmarks.paired import Key, by_folder, differences, shards_of
 from raydiff.config import component_options
 from raydiff.detector import DiffusionDetector, load_detector
 from raydiff.ensembling import ensemble_of
 from raydiff.evaluation import evaluate
 from raydiff.fitting import calibrated
-from raydiff.predictions import read_predictions
+from raydiff.predictions import Predictions, read_predictions
 from raydiff.provenance import hardware, source_commit
 from raydiff.results import Evaluation, load_evaluations, save_evaluations
 from raydiff.shards import ShardSet
@@ -84,15 +83,15 @@ def line(evaluation: Evaluation) -> str:
     return f"{row.detector}: {values}, {row.ms_per_image:.1f} ms"
 
 
-def suite_rows(folders: Iterable[Path]) -> dict[str, dict[Key, NDArray[np.float64]]]:
-    """Scores of patch-kNN on the test images, by method, source and seed."""
-    found: dict[str, dict[Key, NDArray[np.float64]]] = defaultdict(dict)
+def suite_rows(folders: Iterable[Path]) -> dict[str, dict[Key, Predictions]]:
+    """What patch-kNN made of the test images, by method, source and seed."""
+    found: dict[str, dict[Key, Predictions]] = defaultdict(dict)
     for folder in folders:
         for evaluation in load_evaluations(folder / "results.jsonl"):
             row = evaluation.rows[0]
             if row.detector in PATCHES:
                 predictions, _ = read_predictions(folder / "predictions" / f"{row.run}.parquet")
-                found[row.detector][row.dataset.replace(" ", "_"), row.seed] = predictions.scores
+                found[row.detector][row.dataset.replace(" ", "_"), row.seed] = predictions
                 print(f"{row.dataset} seed {row.seed}, {line(evaluation)}", flush=True)
     return found
 
@@ -103,6 +102,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="RESULTS")
     parser.add_argument("--evaluations", type=int, nargs="+", default=[1], choices=sorted(RANGES))
     parser.add_argument("--normalise", default="pixel", choices=["pixel", "step"], help="step for aligned.yaml")
+    parser.add_argument("--folders", action="store_true", help="first folders of images apart: one_for_all.yaml")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{hardware('cpu')}; commit {source_commit()}\n", flush=True)
@@ -132,7 +132,9 @@ def main() -> None:
         predicted = {key: found.predictions for key, found in evaluations.items() if found.predictions is not None}
         for method, theirs in patches.items():
             if predicted.keys() & theirs.keys():
-                print(f"  AUROC minus {method}: {differences(predicted, theirs)}")
+                pair = [by_folder(both) if arguments.folders else both for both in (predicted, theirs)]
+                scores = {key: predictions.scores for key, predictions in pair[1].items()}
+                print(f"  AUROC minus {method}: {differences(pair[0], scores)}")
 
 
 if __name__ == "__main__":
