@@ -1,9 +1,9 @@
 """Two feature-space detectors as one, fine and deep levels, beside patch-kNN on the same network.
 
-    python -m benchmarks.pyramid BENCHMARK [BENCHMARK ...] --out RESULTS [--evaluations 1 3 10] [--normalise step] [--folders]
+    python -m benchmarks.pyramid BENCHMARK [BENCHMARK ...] --out RESULTS [--evaluations 1 3 10] [--normalise step]
 
 Each ``BENCHMARK`` is the output folder of ``raydiff benchmark examples/suites/industrial.yaml``, ``aligned.yaml`` or
-``one_for_all.yaml`` (several where it was run in parts). For every category and seed of which it trained ``features``
+``one_for_all.yaml`` (several where it was run in parts; ``--folders`` gives each of its categories a difference). For every category and seed of which it trained ``features``
 (levels 1 to 3, convolutions) and ``deep`` (levels 3 and 4, an MLP per cell), both are asked from a clean start, put
 together as ``raydiff ensemble`` does (mean of z-scores of calibration normals; ``both, fine map`` shows the fine one's
 map, as with ``--map-from 1``), and scored on the test split. The rows of patch-kNN are those of the suite: the same
