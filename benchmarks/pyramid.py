@@ -3,8 +3,9 @@
     python -m benchmarks.pyramid BENCHMARK [BENCHMARK ...] --out RESULTS [--evaluations 1 3 10] [--normalise step]
 
 Each ``BENCHMARK`` is the output folder of ``raydiff benchmark examples/suites/industrial.yaml``, ``aligned.yaml`` or
-``one_for_all.yaml`` (several where it was run in parts; ``--folders`` gives each of its categories a difference). For every category and seed of which it trained ``features``
-(levels 1 to 3, convolutions) and ``deep`` (levels 3 and 4, an MLP per cell), both are asked from a clean start, put
+``one_for_all.yaml`` (several where it was run in parts; ``--folders`` tells the categories of the latter apart). For
+every category and seed of which it trained ``features`` (levels 1 to 3, convolutions) and ``deep`` (levels 3 and 4, an
+MLP per cell), both are asked from a clean start, put
 together as ``raydiff ensemble`` does (mean of z-scores of calibration normals; ``both, fine map`` shows the fine one's
 map, as with ``--map-from 1``), and scored on the test split. The rows of patch-kNN are those of the suite: the same
 images, the same backbone, one row per seed. Differences: over categories, seeds and images, paired. ``RESULTS``, a JSON

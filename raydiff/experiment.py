@@ -298,7 +298,7 @@ def _trained_here(
             on_metrics(line)
 
     runtime = LocalRuntime(run_dir, device, config.training.keep_checkpoints, record, before_save=log.flush)
-    weights = weights_of(run_dir, shards)
+    weights = weights_of(run_dir, shards, balance=config.training.balance_classes)
     provenance = provenance_of(shards, weights, config)
     fit_space(config, run_dir, shards, device=device, on_metrics=on_metrics, spaces=spaces)
     fitting = fits_in_memory(shards, ImageSpec.of(config.data), config.data.cache_mb)

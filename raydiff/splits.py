@@ -18,6 +18,7 @@ from raydiff.errors import DataError
 from raydiff.images import ImageSpec, images_per_batch, to_tensor
 from raydiff.shards import LabelledImages, ShardSet
 from raydiff.shards.groups import column_of
+from raydiff.shards.order import balancing
 from raydiff.storage import Place
 from raydiff.training import HeldOut
 from raydiff.weighting import Weights, read_weights
@@ -51,13 +52,18 @@ def image_ids(shards: ShardSet, split: Any) -> list[str]:
     return column_of(shards, split, "image_id")
 
 
-def weights_of(run_dir: Place, shards: ShardSet) -> Weights:
-    """What a run's training images count, less those that lay in shards which are left out."""
+def weights_of(run_dir: Place, shards: ShardSet, *, balance: bool = False) -> Weights:
+    """What a run's training images count, less those that lay in shards which are left out.
+
+    With ``balance`` in an epoch in which the classes are balanced (``training.balance_classes``).
+    """
     weights = read_weights(run_dir, shards.count("train"))
-    if not (weights.by_id and shards.left_out):
-        return weights
-    there = set(image_ids(shards, "train"))
-    return Weights({name: weight for name, weight in weights.by_id.items() if name in there}, weights.num_images)
+    if weights.by_id and shards.left_out:
+        there = set(image_ids(shards, "train"))
+        weights = Weights({name: weight for name, weight in weights.by_id.items() if name in there}, weights.num_images)
+    if weights.by_id and balance:
+        return weights.with_repeats(image_ids(shards, "train"), balancing(column_of(shards, "train", "class_name")))
+    return weights
 
 
 def held_out_images(config: ExperimentConfig, shards: ShardSet, left_out: Collection[str] = ()) -> HeldOut:

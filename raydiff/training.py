@@ -305,7 +305,7 @@ class _Loop:
         """What ``data.on_bad_shard: skip`` took from this run, as metrics; empty where it took nothing.
 
         Where shards were left out in the middle of a run the epoch under way is shuffled anew, so that some of its
-        images, ``repeated_at_most``, are seen again; from the next epoch on each is seen once.
+        images, ``repeated_at_most``, are seen again; of balanced classes, whose epochs have another length then, all.
         """
         if not (left := self.provenance.get("left_out")):
             return {}
@@ -313,6 +313,8 @@ class _Loop:
         now, before = self.provenance["num_train_images"], self.num_images_before
         if before in (None, now):
             return counted
+        if self.config.training.balance_classes:
+            return counted | {"repeated_at_most": now}
         done = self.step * self.config.training.batch_size
         return counted | {"repeated_at_most": min(done % before, now - done % now)}
 

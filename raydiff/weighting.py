@@ -6,8 +6,8 @@ Kept in a run as ``weights.json``, so that every worker, and a resumed run, know
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,10 +24,19 @@ WEIGHTS = "weights.json"
 
 @dataclass(frozen=True)
 class Weights:
-    """``by_id`` holds those that are not 1; ``num_images`` is how many images there are."""
+    """``by_id`` holds those that are not 1; ``num_images`` is how many images there are.
+
+    ``mean_weight`` is that of an epoch in which some are seen more often than others; by default all are seen once.
+    """
 
     by_id: Mapping[str, float] = field(default_factory=dict)
     num_images: int = 0
+    mean_weight: float | None = None
+
+    def with_repeats(self, image_ids: Sequence[str], repeats: Sequence[int]) -> Weights:
+        """The same in epochs in which each of all images is seen so often."""
+        total = sum(self.by_id.get(name, 1.0) * times for name, times in zip(image_ids, repeats, strict=True))
+        return replace(self, mean_weight=total / sum(repeats))
 
     @property
     def left_out(self) -> frozenset[str]:
@@ -47,7 +56,9 @@ class Weights:
         """The mean loss of ``size`` images, of which ``counted`` are there; in units of the mean weight of all."""
         if not self.by_id:
             return losses.mean()
-        mean_weight = 1 - sum(1 - weight for weight in self.by_id.values()) / max(1, self.num_images)
+        mean_weight = self.mean_weight
+        if mean_weight is None:
+            mean_weight = 1 - sum(1 - weight for weight in self.by_id.values()) / max(1, self.num_images)
         return (losses * counted.to(losses)).sum() / (size * mean_weight)
 
 

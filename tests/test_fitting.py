@@ -21,7 +21,7 @@ from raydiff.crossfit import Fold, calibrated_across, fold_runs, parts_of, remov
 from raydiff.detector import BaselineDetector, DiffusionDetector, load_detector
 from raydiff.errors import ConfigError
 from raydiff.evaluation import evaluate
-from raydiff.experiment import calibrated, fit_baseline, fit_locally, held_out_images
+from raydiff.experiment import cached, calibrated, fit_baseline, fit_locally, held_out_images
 from raydiff.fitting import finish
 from raydiff.results import load_evaluations, save_evaluations
 from raydiff.service.artifacts import describe, load_artifact
@@ -387,3 +387,17 @@ def test_weights_are_shares_of_the_loss(tiny_config: ExperimentConfig) -> None:
     alone, nothing = weights.counted(replace(batch, ids=["b"] * 4))
     assert alone.ids == ["b"]
     assert float(weights.mean(torch.tensor([7.0]), nothing, 4)) == 0.0
+
+
+def test_balanced_classes_leave_the_mean_loss_what_it_is(
+    uneven_config: ExperimentConfig, uneven_shards: ShardSet, tmp_path: Path
+) -> None:
+    """An image of the class that is seen four times as often counts as often in the mean."""
+    few = [image_id for image_id in image_ids(uneven_shards, "train") if image_id.startswith("few/")]
+    write_weights(tmp_path, {few[0]: 0.0, few[1]: 0.5})
+    weights = weights_of(tmp_path, uneven_shards, balance=uneven_config.training.balance_classes)
+    stream = cached(uneven_config.override({"training.batch_size": 30 + 4 * 7}), uneven_shards)(0)
+    epoch = next(stream)
+    _, counted = weights.counted(epoch)
+    assert counted.sum() == 30 + 4 * 5.5
+    assert float(weights.mean(torch.ones(len(counted)), counted, len(epoch.ids))) == pytest.approx(1)

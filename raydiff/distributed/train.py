@@ -232,7 +232,7 @@ def _worker(job: dict[str, Any]) -> None:
     config, shards = ExperimentConfig.model_validate(job["config"]), job["shards"]
     try:
         runtime = RayRuntime.here(config, run_dir)
-        weights = weights_of(run_dir, shards)
+        weights = weights_of(run_dir, shards, balance=config.training.balance_classes)
         provenance = provenance_of(shards, weights, config)
         train(
             config, _stream(config, shards, runtime), held_out_images(config, shards, weights.left_out), runtime,

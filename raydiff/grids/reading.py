@@ -177,7 +177,7 @@ def grid_stream(
 
     def blocks() -> Iterator[TrainingBatch]:
         for window in order.windows(share.start):
-            rows, epochs = share.of(order, window), share.epochs(order, window)
+            rows, epochs = share.of(order, window)
             for part in parts_of(len(rows), share.rows_before(window), share.rows_per_step, most):
                 yield _block(files, order.seed, epochs[part], rows[part], views, labels)
 

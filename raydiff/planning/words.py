@@ -78,7 +78,9 @@ def _head(plan: Plan) -> Iterator[str]:
             f" node: each computes {plan.step.slowdown:.2f} times as long"
         )
     where = "in every worker's memory" if run.cached else "streamed from shards"
-    yield f"  {run.num_train:,} training images, {where}; {training.num_steps:,} steps are {run.epochs:.3g} epochs"
+    without = " (training.balance_classes, which makes them longer, is not counted)" if training.balance_classes else ""
+    steps = f"{training.num_steps:,} steps are {run.epochs:.3g} epochs{without}"
+    yield f"  {run.num_train:,} training images, {where}; {steps}"
 
 
 def _speed(plan: Plan) -> Iterator[str]:

@@ -2,9 +2,10 @@
 
 Per epoch the row groups are permuted and gathered into windows of about ``window`` images, and the images of a window
 are permuted: nearly a full shuffle, read in large pieces. The epochs follow each other without a gap, and the stream is
-cut into global batches; every batch is full and every image appears exactly once per epoch, or, where classes are
-balanced, as often as brings its class nearest to the largest one. Rank r of W takes the r-th of W slices of each batch,
-whose sizes differ by one at most: the number of workers may change in the middle of a run.
+cut into global batches; every batch is full and every image appears exactly once per epoch. Where classes are balanced
+it appears as often as brings its class nearest to the largest one: there are several passes over its row group in an
+epoch, permuted with all others. Rank r of W takes the r-th of W slices of each batch, whose sizes differ by one at
+most: the number of workers may change in the middle of a run.
 
 The permutations are keyed by (seed, epoch), so any batch can be found again without replaying those before it.
 """
@@ -29,7 +30,7 @@ from raydiff.shards.reading import ShardSet
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["COPY", "Share", "TrainingBatch", "TrainingOrder", "Window", "cached_stream", "fits_in_memory"]
+__all__ = ["COPY", "Share", "TrainingBatch", "TrainingOrder", "Window", "balancing", "cached_stream", "fits_in_memory"]
 
 
 COPY = 2**32
@@ -76,12 +77,12 @@ class TrainingBatch:
 
 @dataclass(frozen=True)
 class Window:
-    """Row groups that are shuffled together; the first of their images stands at ``start`` in the endless stream."""
+    """Passes over row groups, shuffled together; the first image stands at ``start`` in the endless stream."""
 
     epoch: int
     index: int
     start: int
-    groups: tuple[int, ...]
+    passes: tuple[int, ...]
     num_rows: int
 
 
@@ -106,22 +107,28 @@ class TrainingOrder:
         """
         if not shards.count("train"):
             raise DataError(f"{shards.label}: has no training images; run raydiff prepare again")
-        repeats = _balancing(column_of(shards, "train", "class_name")) if balance else ()
+        repeats = balancing(column_of(shards, "train", "class_name")) if balance else ()
         return cls(shards.row_groups("train"), seed, window, repeats)
 
     @cached_property
-    def sizes(self) -> tuple[int, ...]:
-        """What each row group has in an epoch, repeats and all."""
+    def passes(self) -> list[tuple[int, int, int]]:
+        """Those of an epoch: the row group, how many passes over it came before, and how many images it takes."""
         if not self.repeats:
-            return self.row_groups
-        seen = np.concatenate([[0], np.cumsum(self.repeats)])
-        sizes: list[int] = (seen[self.first_rows + self.row_groups] - seen[self.first_rows]).tolist()
-        return tuple(sizes)
+            return [(group, 0, size) for group, size in enumerate(self.row_groups)]
+        found = []
+        for group, size in enumerate(self.row_groups):
+            times = self._times[self.first_rows[group] :][:size]
+            found += [(group, copy, int((times > copy).sum())) for copy in range(times.max())]
+        return found
+
+    @cached_property
+    def _times(self) -> NDArray[np.int64]:
+        return np.array(self.repeats, dtype=np.int64)
 
     @cached_property
     def num_rows(self) -> int:
         """Images per epoch, repeats and all."""
-        return sum(self.sizes)
+        return sum(self.repeats or self.row_groups)
 
     @cached_property
     def first_rows(self) -> NDArray[np.int64]:
@@ -129,17 +136,18 @@ class TrainingOrder:
         return np.concatenate([[0], np.cumsum(self.row_groups[:-1], dtype=np.int64)]).astype(np.int64)
 
     def epoch(self, epoch: int) -> Iterator[Window]:
-        """The windows of one epoch. A window takes row groups while they fit, at least one."""
+        """The windows of one epoch. A window takes passes while they fit, at least one."""
         start = epoch * self.num_rows
-        groups: list[int] = []
+        passes: list[int] = []
         rows = index = 0
-        for group in _permutation(len(self.row_groups), "groups", self.seed, epoch).tolist():
-            if groups and rows + self.sizes[group] > self.window:
-                yield Window(epoch, index, start, tuple(groups), rows)
-                start, index, groups, rows = start + rows, index + 1, [], 0
-            groups.append(group)
-            rows += self.sizes[group]
-        yield Window(epoch, index, start, tuple(groups), rows)
+        for number in _permutation(len(self.passes), "groups", self.seed, epoch).tolist():
+            size = self.passes[number][2]
+            if passes and rows + size > self.window:
+                yield Window(epoch, index, start, tuple(passes), rows)
+                start, index, passes, rows = start + rows, index + 1, [], 0
+            passes.append(number)
+            rows += size
+        yield Window(epoch, index, start, tuple(passes), rows)
 
     def windows(self, position: int = 0) -> Iterator[Window]:
         """All windows from the one that holds ``position`` of the stream on, without end."""
@@ -148,31 +156,22 @@ class TrainingOrder:
                 if window.start + window.num_rows > position:
                     yield window
 
+    def images(self, window: Window) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The window's images in training order: row numbers of the split in stored order, and epochs (num_rows,).
+
+        The epoch of an image is the window's, and :data:`COPY` more for each time before in it.
+        """
+        rows, copies = [], []
+        for group, copy, size in (self.passes[number] for number in window.passes):
+            there = np.arange(self.row_groups[group], dtype=np.int64) + self.first_rows[group]
+            rows.append(there[self._times[there] > copy] if self.repeats else there)
+            copies.append(np.full(size, copy, dtype=np.int64))
+        shuffle = _permutation(window.num_rows, "rows", self.seed, window.epoch, window.index)
+        return np.concatenate(rows)[shuffle], window.epoch + COPY * np.concatenate(copies)[shuffle]
+
     def rows(self, window: Window) -> NDArray[np.int64]:
-        """(num_rows,): the window's images in training order, as row numbers of the split in stored order."""
-        rows, _ = self._stored(window)
-        shuffled: NDArray[np.int64] = rows[self._shuffle(window)]
-        return shuffled
-
-    def epochs(self, window: Window) -> NDArray[np.int64]:
-        """(num_rows,): of the same images their epoch, and :data:`COPY` more for each time before in it."""
-        _, copies = self._stored(window)
-        epochs: NDArray[np.int64] = window.epoch + COPY * copies[self._shuffle(window)]
-        return epochs
-
-    def _stored(self, window: Window) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The window's row numbers in stored order, and how often each was there before."""
-        rows = np.concatenate(
-            [np.arange(self.row_groups[group], dtype=np.int64) + self.first_rows[group] for group in window.groups]
-        )
-        if not self.repeats:
-            return rows, np.zeros_like(rows)
-        times = np.array(self.repeats, dtype=np.int64)[rows]
-        before = np.repeat(np.cumsum(times) - times, times)
-        return np.repeat(rows, times), np.arange(len(before)) - before
-
-    def _shuffle(self, window: Window) -> NDArray[np.int64]:
-        return _permutation(window.num_rows, "rows", self.seed, window.epoch, window.index)
+        """The row numbers of :meth:`images`."""
+        return self.images(window)[0]
 
     def locate(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Row group, and row inside it, of row numbers (k,): two arrays (k,)."""
@@ -219,24 +218,21 @@ class Share:
         mine = min(max(rest - self.first_row, 0), self.rows_per_step)
         return (whole - self.start_step) * self.rows_per_step + mine
 
-    def of(self, order: TrainingOrder, window: Window, stop_step: int | None = None) -> NDArray[np.int64]:
-        """The row numbers of a window that are this worker's, in training order; ``stop_step`` is exclusive."""
-        taken: NDArray[np.int64] = order.rows(window)[self._mine(window, stop_step)]
-        return taken
+    def of(
+        self, order: TrainingOrder, window: Window, stop_step: int | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The row numbers and epochs of a window's images that are this worker's, in training order (k,).
 
-    def epochs(self, order: TrainingOrder, window: Window, stop_step: int | None = None) -> NDArray[np.int64]:
-        """Of the same images their epochs (:meth:`TrainingOrder.epochs`)."""
-        taken: NDArray[np.int64] = order.epochs(window)[self._mine(window, stop_step)]
-        return taken
-
-    def _mine(self, window: Window, stop_step: int | None) -> NDArray[np.bool_]:
+        ``stop_step`` is exclusive.
+        """
         positions = window.start + np.arange(window.num_rows)
-        rows = positions % self.batch_size
-        mine = (rows >= self.first_row) & (rows < self.first_row + self.rows_per_step)
+        places = positions % self.batch_size
+        mine = (places >= self.first_row) & (places < self.first_row + self.rows_per_step)
         mine &= positions >= self.start
         if stop_step is not None:
             mine &= positions < stop_step * self.batch_size
-        return mine
+        rows, epochs = order.images(window)
+        return rows[mine], epochs[mine]
 
 
 def fits_in_memory(shards: ShardSet, spec: ImageSpec, cache_mb: int) -> bool:
@@ -287,16 +283,16 @@ def _from_memory(shards: ShardSet, spec: ImageSpec, order: TrainingOrder, share:
     rows, epochs = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     size = share.rows_per_step
     for window in order.windows(share.start):
-        rows = np.concatenate([rows, share.of(order, window)])
-        epochs = np.concatenate([epochs, share.epochs(order, window)])
+        taken, of_epochs = share.of(order, window)
+        rows, epochs = np.concatenate([rows, taken]), np.concatenate([epochs, of_epochs])
         while len(rows) >= size:
             batch, rows = rows[:size], rows[size:]
             yield TrainingBatch([ids[row] for row in batch], epochs[:size], images[batch], labels[batch])
             epochs = epochs[size:]
 
 
-def _balancing(classes: Sequence[str]) -> tuple[int, ...]:
-    """How often each image is to be seen so that its class comes nearest to the largest one."""
+def balancing(classes: Sequence[str]) -> tuple[int, ...]:
+    """How often each image is to be seen in an epoch so that its class comes nearest to the largest one."""
     count = Counter(classes)
     largest = max(count.values())
     return tuple(round(largest / count[name]) for name in classes)

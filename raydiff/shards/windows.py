@@ -59,7 +59,7 @@ def stored_chunks(
     Raises:
         DataError: a shard cannot be read; the message names it.
     """
-    rows, epochs = share.of(order, window, stop_step), share.epochs(order, window, stop_step)
+    rows, epochs = share.of(order, window, stop_step)
     groups, inside = order.locate(rows)
     images: list[StoredImage | None] = [None] * len(rows)
     labels = np.empty(len(rows), dtype=np.int64)
@@ -67,8 +67,9 @@ def stored_chunks(
     with GroupReader(shards, "train") as reader:
         for group in np.unique(groups).tolist():
             places = np.flatnonzero(groups == group)
-            stored = reader.images(group, inside[places], keep=len(places) == order.row_groups[group])
-            for place, (image, class_name) in zip(places.tolist(), stored, strict=True):
+            once, which = np.unique(inside[places], return_inverse=True)  # one may be there several times
+            stored = list(reader.images(group, once, keep=len(once) == order.row_groups[group]))
+            for place, (image, class_name) in zip(places.tolist(), (stored[i] for i in which.tolist()), strict=True):
                 images[place] = image
                 labels[place] = index[class_name]
     for part in parts_of(len(rows), share.rows_before(window), share.rows_per_step, rows_per_chunk):

@@ -151,7 +151,9 @@ def _checked_row(shard: _OpenShard, entry: Entry, dataset: Dataset, data: DataCo
     """The row of an image that could be decoded; None, and a note in the shard, for one that is skipped."""
     try:
         image, mask = dataset.read(entry)
-        row = _row(entry, image, mask, data)
+        # what is skipped stands in the manifest, wherever the files lie
+        where = getattr(dataset, "source", None) if data.on_bad_image == "error" else None
+        row = _row(entry, image, mask, data, "" if where is None else f"{where}: ")
     except DataError as error:
         if data.on_bad_image == "error":
             raise
@@ -161,10 +163,8 @@ def _checked_row(shard: _OpenShard, entry: Entry, dataset: Dataset, data: DataCo
     return {**row, "split": shard.plan.split}
 
 
-def _row(entry: Entry, image: bytes, mask: bytes | None, data: DataConfig) -> dict[str, Any]:
-    spec, where = ImageSpec.of(data), ""
-    if data.on_bad_image == "error":  # what is skipped is in the manifest, wherever the files lie
-        where = f"{getattr(data.dataset, 'source', data.dataset.name)}: "
+def _row(entry: Entry, image: bytes, mask: bytes | None, data: DataConfig, where: str) -> dict[str, Any]:
+    spec = ImageSpec.of(data)
     decoded = decode_file(image, spec, f"{where}{entry.image_id}")
     pixels = None if mask is None else decode_mask(mask, spec, f"{where}mask of {entry.image_id}", image=decoded)
     row = {"image_id": entry.image_id, "class_name": entry.class_name, "defect": entry.defect,

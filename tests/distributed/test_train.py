@@ -81,6 +81,8 @@ def test_streamed_training_equals_cached_training(
     assert same(cached.network.state_dict(), final_weights(tmp_path / "streamed"))  # type: ignore[attr-defined]
     plain = fit_locally(uneven_config.override({"training.balance_classes": False}), tmp_path / "plain", uneven_shards)
     assert not same(cached.network.state_dict(), plain.network.state_dict())  # type: ignore[attr-defined]
+    steps, size = uneven_config.training.num_steps, uneven_config.training.batch_size
+    assert list(read_metrics(tmp_path / "streamed"))[-1]["epoch"] == (steps * size - 1) // (30 + 4 * 7)
 
 
 @pytest.mark.slow

@@ -91,7 +91,7 @@ def test_the_share_that_a_worker_reads_is_that_of_the_real_order(round_profile: 
     for epoch in range(5):
         for rank in range(workers):
             share = Share(batch, 0, rank, workers)
-            rows = np.concatenate([share.of(order, window) for window in order.epoch(epoch)])
+            rows = np.concatenate([share.of(order, window)[0] for window in order.epoch(epoch)])
             touched.append(len(np.unique(order.locate(rows)[0])) / num_groups)
     expected = reading_share(run_on(round_profile, workers), group)
     assert np.mean(touched) == pytest.approx(expected, rel=0.04)
@@ -114,7 +114,7 @@ def test_a_costly_space_encodes_what_a_worker_meets(
     share, met = Share(64, 0, 0, workers), set()
     rng = np.random.default_rng(0)
     for window in islice(order.windows(), 3):
-        rows = share.of(order, window)
+        rows = share.of(order, window)[0]
         flips = rng.integers(0, 2, len(rows)) if fields else np.zeros(len(rows), dtype=int)
         met |= set(zip(rows.tolist(), flips.tolist(), strict=True))
     assert encodings(profile, run) == pytest.approx(len(met), rel=0.05)

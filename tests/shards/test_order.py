@@ -24,7 +24,7 @@ def rows_of(order: TrainingOrder, share: Share, stop_step: int) -> list[int]:
     for window in order.windows(share.start):
         if window.start >= stop_step * share.batch_size:
             return rows
-        rows += share.of(order, window, stop_step).tolist()
+        rows += share.of(order, window, stop_step)[0].tolist()
     return rows
 
 
@@ -40,8 +40,7 @@ def orders(draw: st.DrawFn) -> TrainingOrder:
 def test_every_image_as_often_as_it_should_per_epoch(order: TrainingOrder, epoch: int) -> None:
     """Once, or with repeats each time as if in an epoch of its own."""
     windows = list(order.epoch(epoch))
-    rows = np.concatenate([order.rows(window) for window in windows])
-    epochs = np.concatenate([order.epochs(window) for window in windows])
+    rows, epochs = (np.concatenate(parts) for parts in zip(*(order.images(window) for window in windows), strict=True))
     times = order.repeats or (1,) * sum(order.row_groups)
     assert len(rows) == order.num_rows
     assert sorted(zip(rows.tolist(), epochs.tolist(), strict=True)) == [
@@ -51,9 +50,9 @@ def test_every_image_as_often_as_it_should_per_epoch(order: TrainingOrder, epoch
         epoch * order.num_rows + np.cumsum([0, *(window.num_rows for window in windows[:-1])])
     )
     for window in windows:
-        assert window.num_rows <= max(order.window, max(order.sizes))
+        assert window.num_rows <= max(order.window, max(order.row_groups))
         groups, inside = order.locate(order.rows(window))
-        assert set(groups.tolist()) == set(window.groups)
+        assert set(groups.tolist()) == {order.passes[number][0] for number in window.passes}
         assert (inside < np.array(order.row_groups)[groups]).all()
 
 
@@ -90,10 +89,18 @@ def test_the_order_is_pinned() -> None:
 
 
 def test_the_order_with_repeats_is_pinned() -> None:
-    order = TrainingOrder((3, 2), seed=7, window=5, repeats=(1, 1, 2, 1, 3))
-    windows = list(islice(order.windows(), 3))
-    assert [order.rows(window).tolist() for window in windows] == [[1, 2, 0, 2], [4, 4, 4, 3], [2, 1, 2, 0]]
-    assert [(order.epochs(window) // COPY).tolist() for window in windows] == [[0, 0, 0, 1], [1, 2, 0, 0], [0, 0, 1, 0]]
+    """Passes over a row group that take fewer and fewer of its images lie anywhere in the epoch."""
+    order = TrainingOrder((3, 2), seed=7, window=4, repeats=(1, 1, 2, 1, 3))
+    images = [order.images(window) for window in islice(order.windows(), 3)]
+    assert [rows.tolist() for rows, _ in images] == [[1, 2, 0, 4], [4, 4, 3, 2], [1, 0, 2, 4]]
+    assert [(epochs // COPY).tolist() for _, epochs in images] == [[0, 0, 0, 2], [0, 1, 0, 1], [0, 0, 0, 1]]
+    assert [(epochs % COPY).tolist() for _, epochs in images] == [[0] * 4, [0] * 4, [1] * 4]
+
+
+def test_an_image_that_is_seen_often_is_spread_over_the_epoch() -> None:
+    order = TrainingOrder((8,) * 64, seed=0, window=32, repeats=(400,) + (1,) * 511)
+    shares = [(order.rows(window) == 0).mean() for window in order.epoch(0)]
+    assert max(shares) < 0.85
 
 
 def test_small_classes_are_seen_as_often_as_the_largest(
@@ -184,6 +191,16 @@ def test_windows_read_from_shards_equal_the_cached_stream(
             assert np.array_equal(mine.images, theirs.images)
             assert np.array_equal(mine.labels, theirs.labels)
             assert np.array_equal(mine.epochs, theirs.epochs)
+
+
+def test_an_image_that_is_seen_often_is_read_once(uneven_shards: ShardSet) -> None:
+    """The bytes of its copies are one buffer: a large image of a small class does not fill the memory."""
+    order = TrainingOrder.of(uneven_shards, seed=0, window=100, balance=True)
+    window = next(order.epoch(0))
+    chunks = stored_chunks(uneven_shards, order, Share(58, 0, 0, 1), window, rows_per_chunk=100)
+    images = [image for chunk in chunks for image in chunk.images]
+    assert len(images) == 30 + 4 * 7
+    assert len({image.content.address for image in images}) == 30 + 7
 
 
 def test_fits_in_memory(digit_shards: ShardSet) -> None:
