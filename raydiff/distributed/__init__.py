@@ -33,7 +33,6 @@ for _name, _value in {
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",  # 10 by default: replicas would come late
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # 10 by default: after three such a proxy that ended is replaced
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # 5 by default: on a busy machine the first is killed as it starts
     "HF_HUB_OFFLINE": "1",
 }.items():
     os.environ.setdefault(_name, _value)
