@@ -231,9 +231,7 @@ def _with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
 
 def cached(config: ExperimentConfig, shards: ShardSet, *, rank: int = 0, world_size: int = 1) -> Stream:
     """The training stream with all decoded images in memory."""
-    order = TrainingOrder.of(
-        shards, seed=config.seed, window=config.data.shuffle_window, balance=config.training.balance_classes
-    )
+    order = TrainingOrder.of_run(shards, config)
 
     def stream(start_step: int) -> Iterator[TrainingBatch]:
         return cached_stream(
@@ -246,9 +244,7 @@ def cached(config: ExperimentConfig, shards: ShardSet, *, rank: int = 0, world_s
 
 def streamed(config: ExperimentConfig, shards: ShardSet) -> Stream:
     """The same batches, decoded as they are needed: for images that do not fit in ``data.cache_mb``."""
-    order = TrainingOrder.of(
-        shards, seed=config.seed, window=config.data.shuffle_window, balance=config.training.balance_classes
-    )
+    order = TrainingOrder.of_run(shards, config)
     size = config.training.batch_size
 
     def stream(start_step: int) -> Iterator[TrainingBatch]:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from raydiff.errors import ShapeError
 from raydiff.images import DecodedImage, ImageSpec, decode
+from raydiff.placement import Placement
 
 __all__ = ["Pictures", "blend", "drawn", "enlarge", "heat", "layer", "overlay"]
 
@@ -62,7 +63,11 @@ def drawn(
     inside = image.placement.inside
     level = None if level is None else level[inside]
     if image.placement.pose is not None:
-        return _turned_back(data, spec, image, level, reconstruction)
+        placement = image.placement
+        scale = min(placement.scale, _LONGEST / max(placement.height, placement.width))
+        size = (max(1, round(placement.height * scale)), max(1, round(placement.width * scale)))
+        photo = decode(data, replace(spec, image_size=size, resize="stretch", aligned_width=None), "image")
+        return _turned_back(photo, placement, level, reconstruction)
     rebuilt = None if reconstruction is None else _png(reconstruction[inside])
     if level is None:
         return Pictures(reconstruction=rebuilt)
@@ -70,24 +75,18 @@ def drawn(
 
 
 def _turned_back(
-    data: bytes,
-    spec: ImageSpec,
-    image: DecodedImage,
-    level: NDArray[np.float64] | None,
+    photo: NDArray[np.uint8], placement: Placement, level: NDArray[np.float64] | None,
     reconstruction: NDArray[np.uint8] | None,
-) -> Pictures:
-    """On the whole original; beyond the canvas there is no colour."""
-    placement = image.placement
-    scale = min(placement.scale, _LONGEST / max(placement.height, placement.width))
-    size = (max(1, round(placement.height * scale)), max(1, round(placement.width * scale)))
-    original = decode(data, replace(spec, image_size=size, resize="stretch", aligned_width=None), "image")
+) -> Pictures:  # fmt: skip
+    """On the whole photo; beyond the canvas there is no colour."""
+    size = (photo.shape[0], photo.shape[1])
     heat_map = heat_layer = rebuilt = None
     if level is not None:
         turned = placement.back(level[..., None], size)[..., 0]
-        heat_map, heat_layer = _png(blend(original, turned)), _png(layer(turned))
+        heat_map, heat_layer = _png(blend(photo, turned)), _png(layer(turned))
     if reconstruction is not None:
         turned = placement.back(reconstruction.astype(np.float64), size)
-        joined = np.where(turned[..., -1:] > 0, turned[..., :-1], original)
+        joined = np.where(turned[..., -1:] > 0, turned[..., :-1], photo)
         rebuilt = _png(np.round(joined).clip(0, 255).astype(np.uint8))
     return Pictures(heat_map, heat_layer, rebuilt)
 

@@ -313,10 +313,8 @@ class _Loop:
         now, before = self.provenance["num_train_images"], self.num_images_before
         if before in (None, now):
             return counted
-        if self.config.training.balance_classes:
-            return counted | {"repeated_at_most": now}
-        done = self.step * self.config.training.batch_size
-        return counted | {"repeated_at_most": min(done % before, now - done % now)}
+        done, balanced = self.step * self.config.training.batch_size, self.config.training.balance_classes
+        return counted | {"repeated_at_most": now if balanced else min(done % before, now - done % now)}
 
     def begin(self) -> None:
         """Take over the newest checkpoint, if there is one, and report where that is; raises as :meth:`resume`."""

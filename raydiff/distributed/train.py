@@ -254,9 +254,7 @@ def _stream(config: ExperimentConfig, shards: ShardSet, runtime: RayRuntime) -> 
         return cached(config, shards, rank=runtime.rank, world_size=runtime.world_size)
     from raydiff.distributed.data import streaming
 
-    order = TrainingOrder.of(
-        shards, seed=config.seed, window=config.data.shuffle_window, balance=config.training.balance_classes
-    )
+    order = TrainingOrder.of_run(shards, config)
 
     def stream(start_step: int) -> Iterator[TrainingBatch]:
         return streaming(

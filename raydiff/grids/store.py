@@ -70,9 +70,7 @@ class Grids:
         self._say_if_wasteful(grids, runtime)
         maker = Maker(shards, ImageSpec.of(config.data), views, Latents(space, runtime.device, 0))
         write_missing(grids, storage, origin, maker.content, runtime, start_at=self.start_at, step=step)
-        order = TrainingOrder.of(
-            shards, seed=config.seed, window=config.data.shuffle_window, balance=config.training.balance_classes
-        )
+        order = TrainingOrder.of_run(shards, config)
 
         def stream(start_step: int) -> Iterator[TrainingBatch]:
             share = Share(config.training.batch_size, start_step, runtime.rank, runtime.world_size)

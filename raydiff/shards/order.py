@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from raydiff.config import ExperimentConfig
 from raydiff.core.diffusion import keyed_seed
 from raydiff.errors import ConfigError, DataError
 from raydiff.images import ImageSpec
@@ -109,6 +110,13 @@ class TrainingOrder:
             raise DataError(f"{shards.label}: has no training images; run raydiff prepare again")
         repeats = balancing(column_of(shards, "train", "class_name")) if balance else ()
         return cls(shards.row_groups("train"), seed, window, repeats)
+
+    @classmethod
+    def of_run(cls, shards: ShardSet, config: ExperimentConfig) -> TrainingOrder:
+        """The one that a config asks for; raises as :meth:`of`."""
+        return cls.of(
+            shards, seed=config.seed, window=config.data.shuffle_window, balance=config.training.balance_classes
+        )
 
     @cached_property
     def passes(self) -> list[tuple[int, int, int]]:
