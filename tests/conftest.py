@@ -25,6 +25,7 @@ os.environ |= {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback also where a test imports ray before raydiff.distributed
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_worker_niceness": "0",  # at 15 those here would wait for the tests that run beside them
     "OMP_NUM_THREADS": "1",
 }
 torch.set_num_threads(1)

@@ -46,6 +46,7 @@ def connect(
     spare_cpus: int = _SPARE_CPUS,
     object_store_mb: int = 512,
     dashboard: bool = False,
+    polite: bool = True,
 ) -> Iterator[None]:
     """Ray for the time of a ``with`` block; left as it was found if it was running already.
 
@@ -56,6 +57,8 @@ def connect(
         spare_cpus: logical CPUs of a local cluster beyond those.
         object_store_mb: shared memory of a local cluster.
         dashboard: start a local cluster's dashboard, on loopback; Ray Train inside Ray Tune needs it to free resources.
+        polite: workers of a local cluster leave the processor to others, as Ray has it (niceness 15, or what
+            ``RAY_worker_niceness`` says); else they have as much of it as any program.
 
     Raises:
         ConfigError: the address is none that a command can join.
@@ -71,6 +74,8 @@ def connect(
             _see_that_it_can_be_joined(address)
             ray.init(address=address, runtime_env={"env_vars": _settings()}, **quiet)
         else:
+            if not polite:
+                os.environ.setdefault("RAY_worker_niceness", "0")
             cpus = (num_cpus or os.cpu_count() or 1) + spare_cpus
             ray.init("local", num_cpus=cpus, object_store_memory=object_store_mb * 2**20, include_dashboard=dashboard,
                      **quiet)  # fmt: skip

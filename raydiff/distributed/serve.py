@@ -93,7 +93,7 @@ def serving(settings: ServeSettings, host: str = "127.0.0.1", port: int = 8000) 
     """
     cpus = max(os.cpu_count() or 1, math.ceil(settings.max_replicas * settings.num_cpus))
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    with connect(num_cpus=cpus):
+    with connect(num_cpus=cpus, polite=False):
         _refuse_if_serve_runs()
         amounts = {"CPU": settings.num_cpus, "GPU": settings.num_gpus}
         least = max(1, settings.min_replicas)

@@ -274,10 +274,15 @@ def test_what_a_client_that_left_waited_for_is_never_worked_on(url: str, slow: s
     data, address, before = next(folder.rglob("*.png")).read_bytes(), httpx.URL(url), scored(url)
     head = f"POST /v1/score HTTP/1.1\r\nHost: x\r\nX-API-Key: {KEY}\r\nContent-Length: {len(data)}\r\n\r\n"
     with ExitStack() as stack:
-        for _ in range(PLACES):
-            raw = stack.enter_context(socket.create_connection((address.host, address.port or 80)))
-            raw.sendall(head.encode() + data)
+        waiting = [
+            stack.enter_context(socket.create_connection((address.host, address.port or 80))) for _ in range(PLACES)
+        ]
+        for raw in waiting:
+            raw.sendall(head.encode() + data[:-1])
         until(lambda: in_progress(url) == PLACES)
+        for raw in waiting:
+            raw.sendall(data[-1:])
+        time.sleep(0.5)  # the first ones are under way, or will be
     until(lambda: in_progress(url) == 0)
     with Client(url, api_key=KEY, timeout_s=WAIT_S) as client:
         client.score(data)  # in order: the replica reports it after all that it did before

@@ -25,6 +25,24 @@ for address in sys.argv[1:]:
     assert time.monotonic() - started < 30
 """
 
+NICENESS = """
+import os, ray
+from raydiff.distributed.cluster import connect
+for polite in (True, False):
+    with connect(num_cpus=1, spare_cpus=0, object_store_mb=80, polite=polite):
+        print(ray.get(ray.remote(lambda: os.nice(0)).remote()) - os.nice(0))
+"""
+
+
+def test_an_endpoint_has_as_much_of_a_busy_machine_as_any_program() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_worker_niceness"}
+    command = [sys.executable, "-c", NICENESS]
+    result = subprocess.run(
+        command, env=environment | {"RAY_ADDRESS": ""}, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["15", "0"]
+
 
 def test_addresses_that_cannot_be_joined_are_refused_with_the_way_in() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
