@@ -80,7 +80,7 @@ def image(digit_images: Tensor) -> bytes:
 def test_told_to_end_it_answers_what_is_under_way_first(run_dir: Path, image: bytes, tmp_path: Path) -> None:
     (port,) = free_ports(1)
     url, log = f"http://127.0.0.1:{port}", tmp_path / "log"
-    options = ("--port", str(port), "--num-cpus", "0.1", "--batch-wait-ms", "2000")
+    options = ("--port", str(port), "--num-cpus", "0.1", "--batch-wait-ms", "5000")
     with started("raydiff", "serve", str(run_dir), *options, log=log) as process, ThreadPoolExecutor(1) as pool:
         answers(f"{url}/readyz", process, log)
         while b"Ctrl-C ends it" not in log.read_bytes():

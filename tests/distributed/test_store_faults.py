@@ -242,7 +242,7 @@ def test_a_slow_node_holds_up_its_own_tasks_alone(
         for pid in held:
             os.kill(pid, signal.SIGSTOP)
         try:
-            until(lambda: len(having(store, "results.jsonl")) and len(having(store, "cells/")) > before, 60)
+            until(lambda: len(having(store, "results.jsonl")) and len(having(store, "cells/")) > before)
             rows = store.read("results.jsonl").count(b"\n")
         finally:
             for pid in held:
@@ -317,7 +317,7 @@ def test_a_sweep_goes_on(nodes: Nodes, object_store: Callable[[str], str], tmp_p
                 os.kill(pid, signal.SIGKILL if "killed" in fault else signal.SIGSTOP)
         if fault == "a node is slow":
             trained = len(having(store, "/artifact/manifest.json"))
-            until(lambda: len(having(store, "/artifact/manifest.json")) > trained, 60)
+            until(lambda: len(having(store, "/artifact/manifest.json")) > trained)
             for pid in held:
                 os.kill(pid, signal.SIGCONT)
         said = ended()

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 CHROMIUM = os.environ.get("RAYDIFF_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 _LAUNCH = """import os, sys
 for fd, source in ((3, int(sys.argv[1])), (4, int(sys.argv[2]))):

@@ -156,9 +156,9 @@ def test_a_bomb_is_refused_before_it_is_decoded() -> None:
     head = struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", head) + png_chunk(b"IDAT", body) + png_chunk(b"IEND", b"")
     assert len(bomb) < 60_000
-    started = time.perf_counter()
+    started = time.process_time()
     problem = problem_of(bomb)
-    assert time.perf_counter() - started < 0.1
+    assert time.process_time() - started < 0.1
     assert problem.type == "too-many-pixels"
     assert "20000 x 20000" in problem.detail
 
@@ -309,9 +309,9 @@ def test_directories_that_claim_the_same_bytes_again_and_again(where: str) -> No
         at = image.index(b"EXIF")
         data = image[:at] + b"EXIF" + struct.pack("<I", len(exif)) + exif
         data = data[:4] + struct.pack("<I", len(data) - 8) + data[8:]
-    started = time.perf_counter()
+    started = time.process_time()
     problem = problem_of(data)
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
     assert problem.type == "damaged-image"
     assert "beside its pixels" in problem.detail
 
@@ -319,9 +319,9 @@ def test_directories_that_claim_the_same_bytes_again_and_again(where: str) -> No
 def test_a_chain_of_pages_is_not_walked() -> None:
     """A million pages of 18 bytes each."""
     pages = b"".join(struct.pack("<HHHIII", 1, 256, 3, 1, 1, 8 + 18 * (i + 1)) for i in range(200_000))
-    started = time.perf_counter()
+    started = time.process_time()
     assert problem_of(b"II*\x00" + struct.pack("<I", 8) + pages).type == "several-frames"
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
 
 
 def test_a_jpeg_of_endless_scans() -> None:
@@ -341,9 +341,9 @@ def test_endless_empty_chunks(kind: str) -> None:
         data = data[:2] + b"\xff\xe5\x00\x02" * 200_000 + data[2:]
     else:
         data = data + b"PRIV\0\0\0\0" * 200_000
-    started = time.perf_counter()
+    started = time.process_time()
     assert "more than 20000" in problem_of(data).detail
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_the_size_in_the_head_is_the_decoders() -> None:
