@@ -34,7 +34,8 @@ from raydiff.images import encode_png, to_uint8
 pytestmark = pytest.mark.distributed
 
 KEY = "a-key-for-the-tests-only"
-PLACES = 8 + 2 * 4
+BATCH = 4
+PLACES = 8 + 2 * BATCH
 """Of the service below: images that wait, and those in its replica."""
 WAIT_S = 60
 
@@ -55,7 +56,7 @@ def root(detector: DiffusionDetector, digit_images: Tensor, tmp_path_factory: py
     """Artefacts that may be rolled to: ``slow`` takes seconds for a batch."""
     made = tmp_path_factory.mktemp("artifacts")
     detector.with_target_fpr(0.3).save(made / "other")
-    slow = detector.config.override({"scoring.num_repeats": 200})
+    slow = detector.config.override({"scoring.num_repeats": 400})
     DiffusionDetector.create(slow, num_classes=1).calibrate(digit_images).save(made / "slow")
     return made
 
@@ -63,7 +64,7 @@ def root(detector: DiffusionDetector, digit_images: Tensor, tmp_path_factory: py
 @pytest.fixture(scope="module")
 def url(run_dir: Path, root: Path, key_file: Path) -> Iterator[str]:
     settings = ServeSettings.of(
-        {"artifact": run_dir, "num_cpus": 0.1, "max_batch_size": 4, "max_queued": 8, "timeout_s": WAIT_S,
+        {"artifact": run_dir, "num_cpus": 0.1, "max_batch_size": BATCH, "max_queued": 8, "timeout_s": WAIT_S,
          "max_mb": 1, "api_key_file": str(key_file), "artifact_root": str(root)}
     )  # fmt: skip
     with socket.socket() as probe:
@@ -274,20 +275,26 @@ def test_what_a_client_that_left_waited_for_is_never_worked_on(url: str, slow: s
     data, address, before = next(folder.rglob("*.png")).read_bytes(), httpx.URL(url), scored(url)
     head = f"POST /v1/score HTTP/1.1\r\nHost: x\r\nX-API-Key: {KEY}\r\nContent-Length: {len(data)}\r\n\r\n"
     with ExitStack() as stack:
-        waiting = [
-            stack.enter_context(socket.create_connection((address.host, address.port or 80))) for _ in range(PLACES)
+        asking = [
+            stack.enter_context(socket.create_connection((address.host, address.port or 80), WAIT_S))
+            for _ in range(PLACES)
         ]
-        for raw in waiting:
+        for raw in asking:
             raw.sendall(head.encode() + data[:-1])
         until(lambda: in_progress(url) == PLACES)
-        for raw in waiting:
-            raw.sendall(data[-1:])
-        time.sleep(0.5)  # the first ones are under way, or will be
+        patient, hasty = asking[:BATCH], asking[BATCH:]
+        for some in (patient, hasty):
+            for raw in some:
+                raw.sendall(data[-1:])
+            time.sleep(0.5)  # the patient are under way; the hasty wait, in the replica or before it
+        for raw in hasty:
+            raw.close()
+        assert all(raw.recv(15) == b"HTTP/1.1 200 OK" for raw in patient)
     until(lambda: in_progress(url) == 0)
     with Client(url, api_key=KEY, timeout_s=WAIT_S) as client:
         client.score(data)  # in order: the replica reports it after all that it did before
-    until(lambda: scored(url)[slow] > before[slow])
-    assert (scored(url) - before).total() <= PLACES / 2 + 1
+    until(lambda: scored(url)[slow] > before[slow] + BATCH)
+    assert (scored(url) - before).total() < 2 * BATCH, "those who left were worked on"
 
 
 def test_a_client_with_little_time_gives_its_places_back(url: str, slow: str, folder: Path) -> None:
