@@ -74,11 +74,10 @@ def connect(
             _see_that_it_can_be_joined(address)
             ray.init(address=address, runtime_env={"env_vars": _settings()}, **quiet)
         else:
-            if not polite:
-                os.environ.setdefault("RAY_worker_niceness", "0")
             cpus = (num_cpus or os.cpu_count() or 1) + spare_cpus
-            ray.init("local", num_cpus=cpus, object_store_memory=object_store_mb * 2**20, include_dashboard=dashboard,
-                     **quiet)  # fmt: skip
+            with nullcontext() if polite else _as_any_program():
+                ray.init("local", num_cpus=cpus, object_store_memory=object_store_mb * 2**20,
+                         include_dashboard=dashboard, **quiet)  # fmt: skip
     except ConnectionError as error:
         raise WorkerError(
             f"RAY_ADDRESS {address}: no Ray cluster answers there ({error}); start it or unset it, and where the"
@@ -104,6 +103,19 @@ def connect(
             yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _as_any_program() -> Iterator[None]:
+    """Ray's processes that start meanwhile, and their workers later, are not polite; what is set outside wins."""
+    name = "RAY_worker_niceness"
+    given = name in os.environ
+    os.environ.setdefault(name, "0")
+    try:
+        yield
+    finally:
+        if not given:
+            del os.environ[name]
 
 
 def _see_that_it_can_be_joined(address: str) -> None:

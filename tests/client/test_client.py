@@ -168,7 +168,7 @@ def test_a_503_and_a_reset_are_waited_out() -> None:
     with server(in_turn(full, None, proxy, killed, as_json(ANSWER))) as there, Client(there.url) as client:
         assert client.score(b"image").verdict == "normal"
         assert len(there.requests) == 5
-    assert 1 < time.monotonic() - started < 5
+    assert 1 < time.monotonic() - started < 30
 
 
 def test_a_refused_connection_is_waited_out_once_the_service_has_answered() -> None:
@@ -265,7 +265,7 @@ def test_an_address_where_nothing_listens_is_given_up_within_seconds() -> None:
         with pytest.raises(ServiceError, match=r"cannot be reached .* see that `raydiff serve` runs") as caught:
             client.model()
     assert caught.value.type == "unreachable"
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 @pytest.mark.parametrize(

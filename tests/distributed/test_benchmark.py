@@ -140,7 +140,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tmp_path: Path) -> 
         while not finished_cells(tmp_path / "out") and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
     assert "Interrupted; finished cells are kept. Go on with: raydiff benchmark" in said
     assert "Traceback" not in said

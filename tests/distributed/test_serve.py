@@ -71,7 +71,7 @@ def url(run_dir: Path, root: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     keys.write_text(f"# one a line\n{KEY}\n")
     settings = ServeSettings.of(
         {"artifact": run_dir, "min_replicas": 2, "max_replicas": 2, "num_cpus": 0.1, "max_batch_size": 4,
-         "max_queued": 8, "batch_wait_ms": 20, "max_mb": 0.1, "max_pixels": 10_000, "timeout_s": 20,
+         "max_queued": 8, "batch_wait_ms": 20, "max_mb": 0.1, "max_pixels": 10_000, "timeout_s": 120,
          "api_key_file": str(keys), "artifact_root": str(root)}
     )  # fmt: skip
     with serving(settings, port=free_port()) as address:
@@ -194,11 +194,11 @@ def test_the_openapi_document_is_valid_and_names_every_operation(client: httpx.C
 
 
 def test_the_page_is_served_with_a_strict_policy(url: str) -> None:
-    response = httpx.get(f"{url}/")
+    response = httpx.get(f"{url}/", timeout=60)
     assert response.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in response.headers["content-security-policy"]
-    assert httpx.get(f"{url}/static/icon.svg").headers["content-type"].startswith("image/svg+xml")
-    assert httpx.get(f"{url}/static/..%2f__init__.py").status_code == 404
+    assert httpx.get(f"{url}/static/icon.svg", timeout=60).headers["content-type"].startswith("image/svg+xml")
+    assert httpx.get(f"{url}/static/..%2f__init__.py", timeout=60).status_code == 404
 
 
 # --- what it refuses --------------------------------------------------------------------------------------------------
@@ -246,12 +246,13 @@ def test_a_body_is_refused_while_it_is_still_being_sent(url: str) -> None:
 def test_without_the_key_nothing_is_said(url: str, files: dict[Path, bytes]) -> None:
     data = next(iter(files.values()))
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"X-API-Key": KEY + "x"}, {"Authorization": KEY}):
-        response = httpx.post(f"{url}/v1/score", content=data, headers=headers)
+        response = httpx.post(f"{url}/v1/score", content=data, headers=headers, timeout=60)
         is_problem(response, 401, "unauthorized")
         assert response.headers["www-authenticate"] == "Bearer"
-    assert httpx.get(f"{url}/metrics").status_code == 401
-    assert httpx.post(f"{url}/v1/score", content=data, headers={"X-API-Key": KEY}).status_code == 200
-    assert [httpx.get(f"{url}{path}").status_code for path in ("/healthz", "/readyz")] == [200, 200]
+    assert httpx.get(f"{url}/metrics", timeout=60).status_code == 401
+    other_way = httpx.post(f"{url}/v1/score", content=data, headers={"X-API-Key": KEY}, timeout=60)
+    assert other_way.status_code == 200
+    assert [httpx.get(f"{url}{path}", timeout=60).status_code for path in ("/healthz", "/readyz")] == [200, 200]
 
 
 def test_over_capacity_a_request_is_refused_at_once_and_none_hangs(
@@ -261,7 +262,7 @@ def test_over_capacity_a_request_is_refused_at_once_and_none_hangs(
     started = time.monotonic()
     with ThreadPoolExecutor(6 * PLACES) as pool:
         answers = list(pool.map(lambda _: client.post("/v1/score", content=data), range(6 * PLACES)))
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
     refused = [answer for answer in answers if answer.status_code != 200]
     assert 0 < len(refused) <= 5 * PLACES
     for answer in refused:

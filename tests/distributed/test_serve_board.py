@@ -29,14 +29,14 @@ def test_a_roll_is_settled_when_every_replica_has_it() -> None:
         await asyncio.sleep(0.05)
         assert not rolling.done()
         await board.follow("b", changed, changed.version)
-        done = await asyncio.wait_for(rolling, 1)
+        done = await asyncio.wait_for(rolling, 20)
         assert (done.artifact_id, done.settled, done.target_fpr) == ("2", True, 0.2)
         late = await board.roll("/third", "3", 0.05)  # no replica takes it up: the one so far goes on
         assert (late.folder, late.artifact_id, late.settled, late.previous) == ("/new", "2", True, ("/old", "1"))
         refused = asyncio.create_task(board.roll("/third", "3", 10))
         await asyncio.sleep(0.05)
         await board.refuse((await board.wanted()).version)
-        assert replace(await asyncio.wait_for(refused, 1), version=late.version) == late
+        assert replace(await asyncio.wait_for(refused, 20), version=late.version) == late
         left = asyncio.create_task(board.roll("/third", "3", 10))
         await asyncio.sleep(0.05)
         left.cancel()

@@ -28,7 +28,7 @@ from raydiff.images import encode_png, to_uint8
 
 pytestmark = pytest.mark.distributed
 
-TIMEOUT_S = 4.0
+TIMEOUT_S = 10.0
 MAX_QUEUED = 8
 
 
@@ -91,10 +91,10 @@ def hanging(name: str) -> Iterator[None]:
 
 
 def until(condition: Callable[[], bool], seconds: float) -> float:
-    """Seconds until it was true; an address that cannot be reached counts as not yet."""
+    """Seconds until it was true; an address that cannot be reached, or refuses, counts as not yet."""
     start = time.monotonic()
     while True:
-        with suppress(httpx.TransportError):
+        with suppress(httpx.HTTPError):
             if condition():
                 return time.monotonic() - start
         assert time.monotonic() - start < seconds
@@ -109,13 +109,13 @@ def begin(url: str, head: str, body: bytes) -> socket.socket:
 
 
 def in_progress(url: str) -> float:
-    lines = httpx.get(f"{url}/metrics", timeout=10).text.splitlines()
+    lines = httpx.get(f"{url}/metrics", timeout=30).raise_for_status().text.splitlines()
     return next(float(line.split()[1]) for line in lines if line.startswith("raydiff_requests_in_progress "))
 
 
 def timed_out(url: str) -> float:
     """Requests for a score that the service gave up."""
-    lines = httpx.get(f"{url}/metrics", timeout=10).text.splitlines()
+    lines = httpx.get(f"{url}/metrics", timeout=30).raise_for_status().text.splitlines()
     head = 'raydiff_requests_total{operation="score",status="504"} '
     return sum(float(line.removeprefix(head)) for line in lines if line.startswith(head))
 
@@ -164,7 +164,7 @@ def test_a_body_that_does_not_arrive_is_given_up(url: str) -> None:
     assert TIMEOUT_S - 0.5 < time.monotonic() - started < 2 * TIMEOUT_S
     assert said.startswith(b"HTTP/1.1 408")
     assert b"body-timeout" in said
-    until(lambda: in_progress(url) == 0, 10)
+    until(lambda: in_progress(url) == 0, 60)
 
 
 def test_an_answer_that_is_late_is_given_up(url: str, image: bytes) -> None:
@@ -194,7 +194,7 @@ def test_a_roll_that_takes_too_long_is_given_up_and_none_begins_beside_it(
     assert said == [(409, "roll-in-progress"), (504, "timed-out")]
     assert httpx.get(f"{url}/v1/model", timeout=30).json()["artifact_id"] == detector.artifact_digest
     until(lambda: roll().status_code == 200, 60)
-    assert httpx.post(f"{url}/v1/artifact/rollback", json={}, timeout=30).status_code == 200
+    until(lambda: httpx.post(f"{url}/v1/artifact/rollback", json={}, timeout=30).status_code == 200, 60)
     assert httpx.post(f"{url}/v1/score", content=image, timeout=30).json()["artifact_id"] == detector.artifact_digest
 
 
@@ -208,7 +208,7 @@ def test_where_serve_runs_already_the_command_refuses_and_harms_nothing(url: str
 
 
 def test_who_leaves_while_being_scored_frees_the_place_at_once(url: str, image: bytes) -> None:
-    until(lambda: in_progress(url) == 0, 10)
+    until(lambda: in_progress(url) == 0, 60)
     late = timed_out(url)
     with hanging(":scorer"), ExitStack() as clients:
         for _ in range(MAX_QUEUED):  # more would be refused: a replica that hangs takes none
@@ -243,11 +243,13 @@ def test_what_takes_requests_may_be_killed(url: str, image: bytes, name: str) ->
         until(lambda: len(answers) > 5, 60)
         at = time.monotonic()
         os.kill(killed, signal.SIGKILL)
-        until(lambda: any(answer.status == 200 and answer.began > at + 0.2 for answer in answers), 40)
+        until(lambda: any(answer.status == 200 and answer.began > at + 0.2 for answer in answers), 120)
     failed = [answer for answer in answers if answer.status != 200]
     assert {answer.status for answer in failed} <= ({500, 503} if name == ":door" else {0})
     assert max((answer.seconds for answer in failed), default=0) < TIMEOUT_S  # not by a time-out
     assert sum(answer.began < at for answer in failed) <= 3  # one of each client
-    assert name != ":door" or all(answer.began < at + 2 for answer in failed)  # what comes later waits for the new one
+    assert name != ":door" or all(
+        answer.began < at + TIMEOUT_S for answer in failed
+    )  # what comes later waits for the new one
     assert max(answer.seconds for answer in answers) < 2 * TIMEOUT_S + 5
     assert httpx.post(f"{url}/v1/score", content=image, timeout=30).status_code == 200

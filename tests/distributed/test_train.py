@@ -195,7 +195,7 @@ def test_ctrl_c_and_resume_equal_an_uninterrupted_run(
         assert running.poll() is None, running.communicate()
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
-    _, stderr = running.communicate(timeout=60)
+    _, stderr = running.communicate(timeout=120)
     assert running.returncode == 130, stderr
     assert f"Go on with: raydiff fit --resume {out}" in stderr
     assert not (out / "artifact").exists(), "it was interrupted before the end"
