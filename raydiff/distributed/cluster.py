@@ -69,15 +69,28 @@ def connect(
         return
     address = address or os.environ.get("RAY_ADDRESS")
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    try:
-        if address and address != "local":
-            _see_that_it_can_be_joined(address)
-            ray.init(address=address, runtime_env={"env_vars": _settings()}, **quiet)
+    joined = address if address and address != "local" else None
+    with _explained(joined):
+        if joined:
+            _see_that_it_can_be_joined(joined)
+            ray.init(address=joined, runtime_env={"env_vars": _settings()}, **quiet)
         else:
             cpus = (num_cpus or os.cpu_count() or 1) + spare_cpus
             with nullcontext() if polite else _as_any_program():
                 ray.init("local", num_cpus=cpus, object_store_memory=object_store_mb * 2**20,
                          include_dashboard=dashboard, **quiet)  # fmt: skip
+    try:
+        with head_watched(ray.get_runtime_context().gcs_address) if joined else nullcontext():
+            yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _explained(address: str | None) -> Iterator[None]:
+    """What Ray raises where a cluster cannot be joined (at ``address``) or started, as an error with a remedy."""
+    try:
+        yield
     except ConnectionError as error:
         raise WorkerError(
             f"RAY_ADDRESS {address}: no Ray cluster answers there ({error}); start it or unset it, and where the"
@@ -89,7 +102,7 @@ def connect(
             " RAY_AUTH_TOKEN_PATH, to that of its head"
         ) from error
     except RuntimeError as error:  # another version of Ray or Python; this machine is no node of it
-        if not address or address == "local":
+        if not address:
             raise
         raise WorkerError(
             f"RAY_ADDRESS {address}: cannot be joined ({' '.join(str(error).split())[:300]}); from a machine"
@@ -97,12 +110,6 @@ def connect(
         ) from error
     except OSError as error:
         raise StorageError(f"Ray cannot start ({error}); see that its temporary folder can be written") from error
-    joined = address if address and address != "local" else None
-    try:
-        with head_watched(ray.get_runtime_context().gcs_address) if joined else nullcontext():
-            yield
-    finally:
-        ray.shutdown()
 
 
 @contextmanager
